@@ -1,0 +1,93 @@
+"""Where a token is and what it looks at: position encodings, and self-attention with a plain reference beside it.
+
+Shapes: B batch, T tokens, D hidden, H heads, K head dim (D = H * K).
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def sinusoidal_positions(length: int, hidden_size: int, device: torch.device) -> Tensor:
+    """The fixed position vectors of Vaswani et al. 2017, section 3.5: sines in even, cosines in odd columns. [T, D]"""
+    frequencies = inverse_frequencies(hidden_size, 10_000.0, device)
+    angles = torch.arange(length, device=device)[:, None] * frequencies  # [T, D/2]
+    return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(1)  # [T, D/2, 2] -> [T, D]
+
+
+def rotary_angles(length: int, head_dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of the angle by which each position turns each pair of columns (Su et al. 2021), [T, K/2] each.
+
+    Made anew in every forward pass: a few thousand numbers, and no table to size, store, move or round to bf16.
+    """
+    frequencies = inverse_frequencies(head_dim, theta, device)
+    angles = torch.arange(length, device=device)[:, None] * frequencies  # [T, K/2]
+    return angles.cos(), angles.sin()
+
+
+def inverse_frequencies(width: int, base: float, device: torch.device) -> Tensor:
+    """base^(-2i / width) for i = 0, 1, ... width/2 - 1: from one radian per token down to almost none. [width/2]"""
+    exponents = torch.arange(0, width, 2, device=device, dtype=torch.float32) / width
+    return 1.0 / base**exponents
+
+
+def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """Turn column i of `x` [B, H, T, K] together with column i + K/2, in fp32, as the angles are.
+
+    Queries and keys turned so have dot products that depend on the distance between two tokens only.
+    """
+    first, second = x.chunk(2, dim=-1)  # [B, H, T, K/2] each
+    return torch.cat((first * cosine - second * sine, second * cosine + first * sine), dim=-1).to(x.dtype)
+
+
+def padding_mask(attention_mask: Tensor) -> Tensor:
+    """From 1 or True where a token counts [B, T] to True where a key may be looked at [B, 1, 1, T].
+
+    A row of padding alone looks at all of itself: the softmax over nothing would be NaN, and no one reads that row.
+    """
+    real = attention_mask.bool()
+    return (real | ~real.any(dim=1, keepdim=True))[:, None, None, :]
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor | None, dropout_p: float = 0.0) -> Tensor:
+    """Mix the values [B, H, T, K] by how well each query fits each key; the fast path, in torch's fused kernels.
+
+    `attention_mask` is what `padding_mask` gives, or None where nothing is padded (which lets faster kernels in).
+    """
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=attention_mask, dropout_p=dropout_p)
+
+
+def reference_attention(
+    q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor | None, dropout_p: float = 0.0
+) -> Tensor:
+    """The same in plain sight: softmax(q k^T / sqrt(K)) v (Vaswani et al. 2017, equation 1)."""
+    scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])  # [B, H, T, K] @ [B, H, K, T] -> [B, H, T, T]
+    if attention_mask is not None:
+        scores = scores.masked_fill(~attention_mask, float("-inf"))
+    weights = F.dropout(scores.softmax(dim=-1), dropout_p)
+    return weights @ v  # [B, H, T, T] @ [B, H, T, K] -> [B, H, T, K]
+
+
+class SelfAttention(nn.Module):
+    """Every token asks every other (q), is asked (k), and answers (v), in H independent heads."""
+
+    def __init__(self, hidden_size: int, num_attention_heads: int, *, bias: bool, dropout: float) -> None:
+        super().__init__()
+        self.num_attention_heads = num_attention_heads
+        self.head_dim = hidden_size // num_attention_heads
+        self.dropout = dropout
+        self.qkv_proj = nn.Linear(hidden_size, 3 * hidden_size, bias=bias)
+        self.out_proj = nn.Linear(hidden_size, hidden_size, bias=bias)
+
+    def forward(self, x: Tensor, attention_mask: Tensor | None, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
+        """[B, T, D] -> [B, T, D]; `rotary` holds the angles of `rotary_angles` where positions are encoded so."""
+        batch, length, hidden_size = x.shape
+        qkv = self.qkv_proj(x).view(batch, length, 3, self.num_attention_heads, self.head_dim)  # [B, T, 3, H, K]
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # [B, H, T, K] each
+        if rotary is not None:
+            q, k = rotate(q, *rotary), rotate(k, *rotary)
+        mixed = attention(q, k, v, attention_mask, self.dropout if self.training else 0.0)  # [B, H, T, K]
+        output: Tensor = self.out_proj(mixed.transpose(1, 2).reshape(batch, length, hidden_size))  # [B, T, D]
+        return output

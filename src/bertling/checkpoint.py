@@ -1,0 +1,207 @@
+"""Checkpoints: saved atomically, verified, rotated, loaded; each one is a Hugging Face model folder."""
+
+import hashlib
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor, nn
+
+from bertling.files import BertlingError, atomic_folder, fsync_path, read_json, readable_errors, write_json
+from bertling.interop import Head, LoadReport, from_hf, to_hf
+from bertling.model import BertEncoder, BertForMaskedLM, BertForSequenceClassification
+from bertling.tokenizer import Tokenizer
+
+MANIFEST = "manifest.json"
+STATE = "training_state"
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """What a run needs, besides the weights, to go on as if it had never stopped."""
+
+    numbers: dict[str, Any]
+    """Step, seconds, best score, settings: plain JSON."""
+    tensors: dict[str, Tensor]
+    """The optimizers' tensors under flat names."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model out of a checkpoint folder."""
+
+    folder: Path
+    model: BertForMaskedLM | BertForSequenceClassification
+    tokenizer: Tokenizer
+    report: LoadReport
+
+
+def save_checkpoint(
+    checkpoints: Path,
+    step: int,
+    model: BertEncoder,
+    tokenizer: Tokenizer,
+    state: TrainingState,
+    *,
+    best: bool,
+    keep: int,
+) -> Path:
+    """Write `step-NNNNNNN`, verify it, point `last` (and `best`) at it, and delete what exceeds `keep`."""
+    folder = checkpoints / f"step-{step:07d}"
+    with atomic_folder(folder, force=True) as temporary, readable_errors(folder):
+        write_model(temporary, model, tokenizer)
+        (temporary / f"{STATE}.safetensors").write_bytes(save(plain(state.tensors)))
+        write_json(temporary / f"{STATE}.json", state.numbers)
+        write_manifest(temporary)
+        verify(temporary)
+    point(checkpoints / "last", folder)
+    if best or not (checkpoints / "best").exists():
+        point(checkpoints / "best", folder)
+    rotate(checkpoints, keep)
+    return folder
+
+
+def write_model(folder: Path, model: BertEncoder, tokenizer: Tokenizer) -> None:
+    """Write config.json, model.safetensors (fp32, the tokenizer's vocabulary size) and the tokenizer's files."""
+    config, weights = to_hf(model)
+    (folder / "model.safetensors").write_bytes(save(plain(weights), metadata={"format": "pt"}))
+    write_json(folder / "config.json", config)
+    tokenizer.save(folder, token_types=model.config.type_vocab_size > 0)
+
+
+def plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors as a safetensors file takes them: on the CPU, contiguous, none sharing memory."""
+    return {name: value.detach().to("cpu", copy=True).contiguous() for name, value in tensors.items()}
+
+
+def write_manifest(folder: Path) -> None:
+    """Record the size and SHA-256 of every file in the folder."""
+    entries = {}
+    for path in sorted(folder.iterdir()):
+        raw = path.read_bytes()
+        entries[path.name] = {"bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
+    write_json(folder / MANIFEST, {"format": 1, "files": entries})
+
+
+def verify(folder: Path) -> None:
+    """Check every file against the manifest; a folder without one (from elsewhere) has nothing to check."""
+    if not (folder / MANIFEST).exists():
+        return
+    files = read_json(folder / MANIFEST, "checkpoint manifest").get("files")
+    if not isinstance(files, dict) or not all(isinstance(entry, dict) for entry in files.values()):
+        raise BertlingError(f"{folder / MANIFEST}: does not list files; use another checkpoint")
+    for name, entry in files.items():
+        path = folder / name
+        if Path(name).name != name or not path.is_file():
+            raise BertlingError(f"{path}: missing from this checkpoint; use another one, or the run's 'last'")
+        with readable_errors(path), path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if path.stat().st_size != entry.get("bytes") or digest != entry.get("sha256"):
+            raise BertlingError(
+                f"{path}: damaged or truncated ({path.stat().st_size:,} bytes, checksum differs); use "
+                "another checkpoint of the run"
+            )
+
+
+def point(link: Path, folder: Path) -> None:
+    """Make a relative link, or swing an existing one over, in one step."""
+    temporary = link.with_name(f".{link.name}.{os.getpid()}.tmp")
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(folder.name)
+    os.replace(temporary, link)
+    fsync_path(link.parent)
+
+
+def step_folders(checkpoints: Path) -> list[Path]:
+    """The step folders, oldest first."""
+    return sorted(path for path in checkpoints.glob("step-*") if path.is_dir() and path.name[5:].isdigit())
+
+
+def rotate(checkpoints: Path, keep: int) -> None:
+    """Delete the oldest step folders beyond `keep`, never the ones that `best` and `last` point at."""
+    held = {(checkpoints / name).resolve() for name in ("best", "last")}
+    best = (checkpoints / "best").resolve()
+    others = [path for path in step_folders(checkpoints) if path.resolve() != best]
+    for path in others[:-keep]:
+        if path.resolve() not in held:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def find_checkpoint(path: Path, prefer: str) -> Path:
+    """The checkpoint that a run folder, its checkpoints folder or a checkpoint folder means."""
+    for candidate in (path, path / prefer, path / "checkpoints" / prefer):
+        if (candidate / "config.json").is_file():
+            return candidate
+    if not path.exists():
+        raise BertlingError(f"{path}: no such folder; --cp takes a run, a checkpoint or a Hugging Face model folder")
+    if path.is_file():
+        raise BertlingError(f"{path}: this is a file; --cp takes the folder of a run or of a checkpoint")
+    raise BertlingError(f"{path}: holds no checkpoint (no config.json); name a run or a checkpoint folder")
+
+
+def run_of(folder: Path) -> Path | None:
+    """The run folder that a checkpoint folder lies in, if it does."""
+    parent = folder.resolve().parent
+    return parent.parent if parent.name == "checkpoints" and (parent.parent / "run.json").is_file() else None
+
+
+def load_checkpoint(
+    folder: Path,
+    *,
+    head: Head | None = None,
+    num_labels: int | None = None,
+    id2label: dict[int, str] | None = None,
+    dropout: float | None = None,
+    generator: torch.Generator | None = None,
+) -> Loaded:
+    """Load a checkpoint or any Hugging Face folder of a known architecture, checking every file, key and shape.
+
+    `head` asks for a masked-LM or a classification model whatever the folder holds: what is fresh then is drawn from `generator` and
+    reported.
+    """
+    folder = find_checkpoint(folder, "best")
+    verify(folder)
+    config = read_json(folder / "config.json", "model configuration")
+    weights = read_tensors(folder / "model.safetensors")
+    tokenizer = Tokenizer.load(folder)
+    try:
+        model, report = from_hf(
+            config, weights, head=head, num_labels=num_labels, id2label=id2label, dropout=dropout, generator=generator
+        )
+    except BertlingError as error:
+        raise BertlingError(f"{folder}: {error}") from None
+    size = int(config["vocab_size"])
+    if tokenizer.vocab_size > size:
+        raise BertlingError(
+            f"{folder}: its vocabulary has {tokenizer.vocab_size:,} entries but its model only "
+            f"{size:,}: these files do not belong together"
+        )
+    return Loaded(folder, model, tokenizer, report)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file."""
+    if not path.exists():
+        raise BertlingError(f"{path}: missing; a checkpoint holds its weights in model.safetensors")
+    with readable_errors(path):
+        raw = path.read_bytes()
+    try:
+        tensors: dict[str, Tensor] = load(raw)
+        return tensors
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise BertlingError(f"{path}: damaged or truncated ({error}); use another checkpoint") from None
+
+
+def load_state(folder: Path) -> TrainingState | None:
+    """The training state of a verified checkpoint; None if it has none (a plain Hugging Face folder)."""
+    if not (folder / f"{STATE}.json").exists():
+        return None
+    return TrainingState(
+        read_json(folder / f"{STATE}.json", "training state"), read_tensors(folder / f"{STATE}.safetensors")
+    )

@@ -1,0 +1,212 @@
+"""Fine-tuning a classifier from the settings on: labelled texts, model, run folders, one or several seeds."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bertling import distributed
+from bertling.checkpoint import load_checkpoint
+from bertling.distributed import Ranks
+from bertling.files import BertlingError, write_json
+from bertling.labelled import (
+    SST2_NAMES,
+    LabelledTexts,
+    SeedSummary,
+    check_agree,
+    check_training,
+    load_labelled,
+    sst2_files,
+    summarise_seeds,
+)
+from bertling.model import BertForSequenceClassification, count_parameters
+from bertling.presets import preset_config
+from bertling.pretrain import check_architecture, find_vocabulary, say_loaded
+from bertling.runs import Start, new_run
+from bertling.runtime import Runtime, build_runtime
+from bertling.settings import Settings
+from bertling.tasks import ClassificationTask, classification_floors, evaluate_classifier
+from bertling.tokenizer import Tokenizer
+from bertling.train import Outcome, Trainer, total_steps
+
+Say = Callable[[str], None]
+COLLAPSED = 0.01
+"""A seed that ends within this of the majority floor has learned nothing."""
+
+
+@dataclass(frozen=True)
+class SeedResult:
+    """One seed's run: the figures of its last step on the whole dev set, and the best on the way."""
+
+    seed: int
+    outcome: Outcome
+    scores: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class FinetuneResult:
+    """All seeds together, beside the floors."""
+
+    seeds: list[SeedResult]
+    summary: SeedSummary
+    floors: dict[str, float]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For --json and result.json. `accuracy` is that of the last step: the best one was picked on the dev set."""
+        return {
+            "floors": {name.removeprefix("floor/"): value for name, value in self.floors.items()},
+            "accuracy": vars(self.summary),
+            "collapsed": sum(s.scores["accuracy"] < self.floors["floor/majority"] + COLLAPSED for s in self.seeds),
+            "seeds": [
+                {
+                    "seed": one.seed,
+                    "run": str(one.outcome.run),
+                    "finished": one.outcome.finished,
+                    "best_accuracy": one.outcome.best_accuracy,
+                    "best_step": one.outcome.best_step,
+                    **one.scores,
+                }
+                for one in self.seeds
+            ],
+        }
+
+    def text(self) -> str:
+        """For people."""
+        one, all_of = self.seeds[-1].scores, self.summary
+        lines = [f"accuracy {all_of.mean:.1%}"]
+        if all_of.sd is not None and all_of.low is not None and all_of.high is not None:
+            lines = [
+                f"accuracy, mean of {all_of.n} seeds: {all_of.mean:.1%}, sd {all_of.sd:.1%}, 95 % interval "
+                f"{all_of.low:.1%} to {all_of.high:.1%}; collapsed: {self.to_dict()['collapsed']}"
+            ]
+        lines.append(
+            f"floors: majority class {self.floors['floor/majority']:.1%}, bag of words "
+            f"{self.floors.get('floor/bag_of_words', 0.0):.1%}"
+        )
+        lines.append(f"macro-F1 {one['macro_f1']:.3f}; confusion (rows: true class) {one['confusion']}")
+        return "\n".join(lines)
+
+
+def finetune(start: Start, say: Say, *, from_scratch: bool = False) -> FinetuneResult:
+    """Train a classifier from a checkpoint (or from fresh weights, if asked), once for each seed."""
+    settings = start.settings
+    if start.checkpoint is None and not from_scratch:
+        raise BertlingError("--cp: name the checkpoint to fine-tune, or give --from-scratch to train without one")
+    if start.checkpoint is not None and from_scratch:
+        raise BertlingError("--from-scratch and --cp exclude each other: give one of them")
+    ranks = distributed.join(settings)
+    try:
+        say = say if ranks.first else lambda text: None
+        runtime = build_runtime(settings, local_rank=ranks.local_rank, local_processes=ranks.local_processes)
+        train, dev = load_texts(settings)
+        say(
+            f"data: {len(train.texts):,} texts to train on, {len(dev.texts):,} to evaluate on, classes: "
+            f"{', '.join(train.id2label.values())}"
+        )
+        floors = classification_floors(train, dev) if ranks.first else {"floor/majority": 0.0}
+        say(
+            f"floors: majority class {floors['floor/majority']:.1%}, bag of words "
+            f"{floors.get('floor/bag_of_words', 0.0):.1%}"
+        )
+        results = []
+        for number in range(settings.seeds):
+            one = replace(settings, seed=settings.seed + number, seeds=1, run_id=seed_run_id(settings, number))
+            results.append(train_seed(replace(start, settings=one), train, dev, floors, runtime, ranks, say))
+            if not results[-1].outcome.finished:
+                break
+        result = FinetuneResult(results, summarise_seeds([one.scores["accuracy"] for one in results]), floors)
+        if ranks.first:
+            write_json(results[-1].outcome.run / "result.json", result.to_dict())
+        return result
+    finally:
+        distributed.leave()
+
+
+def seed_run_id(settings: Settings, number: int) -> str | None:
+    """A run folder of its own for every seed."""
+    if settings.run_id is None or settings.seeds == 1:
+        return settings.run_id
+    return f"{settings.run_id}-seed{settings.seed + number}"
+
+
+def train_seed(
+    start: Start,
+    train: LabelledTexts,
+    dev: LabelledTexts,
+    floors: dict[str, float],
+    runtime: Runtime,
+    ranks: Ranks,
+    say: Say,
+) -> SeedResult:
+    """One run."""
+    settings = start.settings
+    model, tokenizer = build_classifier(start, train, say)
+    seq_len = min(settings.seq_len, model.config.max_position_embeddings)
+    task = ClassificationTask(
+        train, dev, tokenizer, batch_size=settings.batch_size, seq_len=seq_len, seed=settings.seed, floors=floors
+    )
+    steps = total_steps(settings, task)
+    say(
+        f"model: {model.config.architecture}, {count_parameters(model).total:,} parameters; seed {settings.seed}; "
+        + (
+            f"{steps:,} steps ({steps / task.steps_per_epoch:.1f} epochs)"
+            if steps
+            else f"{settings.max_minutes:g} minutes"
+        )
+        + f" of {settings.batch_size} texts; {runtime.describe()}"
+    )
+    run = start.run or (new_run(settings) if ranks.first else Path())
+    say(f"run folder: {run}")
+    outcome = Trainer(task, model, tokenizer, settings, runtime, ranks, run, state=start.state).train()
+    scores = evaluate_classifier(model, dev, tokenizer, runtime, seq_len=seq_len)
+    return SeedResult(settings.seed, outcome, scores)
+
+
+def load_texts(settings: Settings) -> tuple[LabelledTexts, LabelledTexts]:
+    """The labelled texts that the settings name; by default SST-2's files in the work folder."""
+    if settings.train_input is not None and settings.val_input is not None:
+        paths = [settings.train_input, settings.val_input]
+    else:
+        files = sst2_files(settings.base_dir)
+        paths = [files["train"], files["validation"]]
+    columns = {"text_column": settings.text_column, "label_column": settings.label_column}
+    train, dev = (load_labelled(path, **columns) for path in paths)
+    check_training(train)
+    if settings.train_input is None and train.names is None and train.num_labels == 2:
+        train = replace(train, names=SST2_NAMES)
+        dev = replace(dev, names=SST2_NAMES)
+    return train, check_agree(train, dev)
+
+
+def build_classifier(start: Start, train: LabelledTexts, say: Say) -> tuple[BertForSequenceClassification, Tokenizer]:
+    """The checkpoint's encoder under a classifier, or fresh weights with the vocabulary of the settings."""
+    settings = start.settings
+    generator = torch.Generator().manual_seed(settings.seed)
+    if start.checkpoint is not None:
+        loaded = load_checkpoint(
+            start.checkpoint,
+            head="classification",
+            id2label=train.id2label,
+            dropout=settings.dropout,
+            generator=generator,
+        )
+        assert isinstance(loaded.model, BertForSequenceClassification)
+        check_architecture(loaded.model, settings, start.explicit)
+        say_loaded(loaded, say)
+        return loaded.model, loaded.tokenizer
+    tokenizer = find_vocabulary(settings)
+    config = preset_config(
+        settings.preset,
+        settings.size or "mini",
+        tokenizer.vocab_size,
+        max_position_embeddings=settings.seq_len,
+        pad_token_id=tokenizer.pad_id,
+        hidden_size=settings.d_model,
+        num_hidden_layers=settings.n_layers,
+        num_attention_heads=settings.heads,
+        dropout=settings.dropout,
+        labels=tuple(train.id2label.values()),
+    )
+    return BertForSequenceClassification(config, generator), tokenizer

@@ -1,0 +1,233 @@
+"""Text in, answers out: words behind masks, and classes, computed in batches of similar length.
+
+Shapes: B texts, T tokens, M masked places, V vocabulary, L classes.
+"""
+
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import IO, TypedDict
+
+import torch
+from torch import nn
+
+from bertling.files import BertlingError
+from bertling.labelled import pad_rows
+from bertling.model import BertEncoder, BertForMaskedLM, BertForSequenceClassification, ModelConfig
+from bertling.runtime import Runtime, choose_device
+from bertling.tables import check_text, decode_utf8, open_bytes, shorten
+from bertling.tokenizer import Tokenizer
+
+BATCH_SIZE = 32
+CHUNK_LINES = 1024
+MAX_LINE_BYTES = 1 << 20
+
+
+class Filled(TypedDict):
+    """The answer for one text with masks."""
+
+    text: str
+    masks: list[list[tuple[str, float]]]
+    """For each [MASK] in order: the likeliest entries of the vocabulary with their probabilities, best first."""
+    truncated: bool
+    """Whether the text was longer than the model reads, so that only a part around its masks was looked at."""
+
+
+class Classified(TypedDict):
+    """The answer for one text."""
+
+    text: str
+    label: str
+    score: float
+    """The probability of `label`."""
+    probabilities: dict[str, float]
+    truncated: bool
+    """Whether the text was longer than the model reads, so that only its beginning was looked at."""
+
+
+class _Reader:
+    """A model with what it takes to hand it texts."""
+
+    def __init__(self, model: nn.Module, config: ModelConfig, tokenizer: Tokenizer, runtime: Runtime | None) -> None:
+        self.runtime = runtime or Runtime(next(model.parameters()).device, torch.float32, compile=False)
+        self.model = model.to(self.runtime.device).eval()
+        self.tokenizer = tokenizer
+        self.limit = config.max_position_embeddings - 2
+        """Tokens of a text that fit between [CLS] and [SEP]."""
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        for text in texts:
+            check_text(f"text {shorten(text)}", text)
+        return self.tokenizer.encode_batch(texts)
+
+    def batches(self, rows: list[list[int]]) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor | None]]:
+        """The places of similarly long rows, their input_ids [B, T] and attention_mask [B, T], on the device."""
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+        for start in range(0, len(order), BATCH_SIZE):
+            places = order[start : start + BATCH_SIZE]
+            wrapped = [[self.tokenizer.cls_id, *rows[i], self.tokenizer.sep_id] for i in places]
+            input_ids, mask = pad_rows(wrapped, self.tokenizer.pad_id, self.limit + 2)
+            device = self.runtime.device
+            yield places, input_ids.to(device), None if mask is None else mask.to(device)
+
+
+class FillMask(_Reader):
+    """Answers what may stand at each [MASK] of a text."""
+
+    def __init__(self, model: BertForMaskedLM, tokenizer: Tokenizer, runtime: Runtime | None = None) -> None:
+        """Move the model to the runtime's device; without a runtime it stays where it is and computes in fp32."""
+        super().__init__(model, model.config, tokenizer, runtime)
+
+    def fill(self, texts: str | Iterable[str], top_k: int = 5) -> list[Filled]:
+        """One answer per text, in order. Raises BertlingError for a text without [MASK]."""
+        if not 1 <= top_k <= self.tokenizer.vocab_size:
+            raise BertlingError(f"top-k {top_k}: must lie between 1 and the vocabulary's {self.tokenizer.vocab_size}")
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        encoded = self.encode(texts)
+        rows = [self._window(text, ids) for text, ids in zip(texts, encoded, strict=True)]
+        answers = [
+            Filled(text=text, masks=[], truncated=len(row) < len(ids))
+            for text, row, ids in zip(texts, rows, encoded, strict=True)
+        ]
+        for places, input_ids, attention_mask in self.batches(rows):
+            positions = (input_ids.view(-1) == self.tokenizer.mask_id).nonzero().squeeze(1)  # [M]
+            with torch.inference_mode(), self.runtime.autocast():
+                logits = self.model(input_ids, attention_mask, positions=positions)  # [M, V]
+            # Foreign models may have more rows than their vocabulary has entries: those mean nothing.
+            logits = logits[:, : self.tokenizer.vocab_size].float()
+            probabilities, entries = logits.softmax(-1).topk(top_k)  # [M, top_k] each
+            owners = [places[row] for row in (positions // input_ids.shape[1]).tolist()]
+            for owner, ids, values in zip(owners, entries.tolist(), probabilities.tolist(), strict=True):
+                answers[owner]["masks"].append(list(zip(self.tokenizer.tokens(ids), values, strict=True)))
+        return answers
+
+    def _window(self, text: str, ids: list[int]) -> list[int]:
+        """The ids, or as many around the masks as the model reads."""
+        masks = [place for place, token in enumerate(ids) if token == self.tokenizer.mask_id]
+        if not masks:
+            raise BertlingError(f"text {shorten(text)}: has no [MASK]; write [MASK] where a word is to be found")
+        if len(ids) <= self.limit:
+            return ids
+        if masks[-1] - masks[0] >= self.limit:
+            raise BertlingError(
+                f"text {shorten(text)}: its [MASK]s are further apart than the {self.limit} tokens that this model "
+                "reads; split it"
+            )
+        middle = (masks[0] + masks[-1]) // 2
+        start = min(max(0, middle - (self.limit - 1) // 2), len(ids) - self.limit)
+        return ids[start : start + self.limit]
+
+
+class Classifier(_Reader):
+    """Answers which class a text belongs to."""
+
+    def __init__(
+        self, model: BertForSequenceClassification, tokenizer: Tokenizer, runtime: Runtime | None = None
+    ) -> None:
+        """Move the model to the runtime's device; without a runtime it stays where it is and computes in fp32."""
+        super().__init__(model, model.config, tokenizer, runtime)
+        self.id2label = model.config.id2label
+
+    def classify(self, texts: str | Iterable[str]) -> list[Classified]:
+        """One answer per text, in order; an empty text is classified too."""
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        encoded = self.encode(texts)
+        answers: dict[int, Classified] = {}
+        for places, input_ids, attention_mask in self.batches([ids[: self.limit] for ids in encoded]):
+            with torch.inference_mode(), self.runtime.autocast():
+                logits = self.model(input_ids, attention_mask)  # [B, L]
+            for place, values in zip(places, logits.float().softmax(-1).tolist(), strict=True):
+                best = max(range(len(values)), key=values.__getitem__)
+                answers[place] = Classified(
+                    text=texts[place],
+                    label=self.id2label[best],
+                    score=values[best],
+                    probabilities={self.id2label[i]: value for i, value in enumerate(values)},
+                    truncated=len(encoded[place]) > self.limit,
+                )
+        return [answers[place] for place in range(len(texts))]
+
+
+class Bertling:
+    """A trained model with its tokenizer; `load` makes one from a folder."""
+
+    def __init__(self, model: BertEncoder, tokenizer: Tokenizer, runtime: Runtime | None = None) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self._fill_mask = self._classifier = None
+        if isinstance(model, BertForMaskedLM):
+            self._fill_mask = FillMask(model, tokenizer, runtime)
+        elif isinstance(model, BertForSequenceClassification):
+            self._classifier = Classifier(model, tokenizer, runtime)
+
+    @property
+    def config(self) -> ModelConfig:
+        """The model's shape."""
+        return self.model.config
+
+    def fill(self, texts: str | Iterable[str], top_k: int = 5) -> list[Filled]:
+        """What may stand at each [MASK]: one answer per text, see `FillMask.fill`."""
+        if self._fill_mask is None:
+            raise BertlingError("fill: this model has no head for masked words; load one from pre-training")
+        return self._fill_mask.fill(texts, top_k)
+
+    def classify(self, texts: str | Iterable[str]) -> list[Classified]:
+        """The class of each text: one answer per text, see `Classifier.classify`."""
+        if self._classifier is None:
+            raise BertlingError("classify: this model has no classification head; fine-tune it, or load one that was")
+        return self._classifier.classify(texts)
+
+
+def load(folder: str | Path, runtime: Runtime | None = None) -> Bertling:
+    """The model in a run, checkpoint or Hugging Face folder, ready to use; by default in fp32 on the best device."""
+    from bertling.checkpoint import load_checkpoint
+
+    loaded = load_checkpoint(Path(folder))
+    assert isinstance(loaded.model, BertEncoder)
+    runtime = runtime or Runtime(choose_device("auto"), torch.float32, compile=False)
+    return Bertling(loaded.model, loaded.tokenizer, runtime)
+
+
+def iter_texts(
+    arguments: Sequence[str], input_file: Path | None = None, stdin: IO[bytes] | None = None
+) -> Iterator[list[str]]:
+    """Texts in chunks of up to 1,024: the arguments, else the lines of a file (.gz too), else of standard input.
+
+    An empty line is an empty text, so that answers and lines stay in step.
+    """
+    if arguments and input_file is not None:
+        raise BertlingError(f"--input {input_file}: texts were given as arguments too; give one or the other")
+    if arguments:
+        yield list(arguments)
+    elif input_file is not None:
+        with open_bytes(input_file) as file:
+            yield from _chunks(str(input_file), file)
+    else:
+        stream = stdin or sys.stdin.buffer
+        if stream.isatty():
+            raise BertlingError("no text: give texts as arguments, with --input FILE, or through standard input")
+        yield from _chunks("standard input", stream)
+
+
+def _chunks(name: str, file: IO[bytes]) -> Iterator[list[str]]:
+    """Lines, up to a number and a size of them at a time, so that memory stays small however long the file is."""
+    chunk: list[str] = []
+    size = 0
+    for line in _lines(name, file):
+        chunk.append(line)
+        size += len(line)
+        if len(chunk) == CHUNK_LINES or size > MAX_LINE_BYTES:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
+
+
+def _lines(name: str, file: IO[bytes]) -> Iterator[str]:
+    number = 1
+    while raw := file.readline(MAX_LINE_BYTES + 1):
+        if len(raw) > MAX_LINE_BYTES:
+            raise BertlingError(f"{name}: line {number}: longer than {MAX_LINE_BYTES:,} bytes; give one text a line")
+        yield decode_utf8(name, raw, number).rstrip("\r\n")
+        number += 1
+    if number == 1:
+        raise BertlingError(f"{name}: is empty; give one text a line")

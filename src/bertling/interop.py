@@ -1,0 +1,447 @@
+"""Our models as Hugging Face configurations and state dicts, and back: names, shapes and settings, no files.
+
+`bert`, `distilbert` and `modern` are what transformers' stock classes load. `seed` has no stock class: its model type
+is `bertling-seed`, under our own names.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from bertling.files import BertlingError
+from bertling.model import VOCABULARY_MATRICES, BertEncoder, BertForMaskedLM, BertForSequenceClassification, initialize
+from bertling.presets import PRESETS, ModelConfig, dropout_values
+
+Head = Literal["masked_lm", "classification"]
+Model = BertForMaskedLM | BertForSequenceClassification
+
+MODEL_TYPES = {"seed": "bertling-seed", "bert": "bert", "distilbert": "distilbert", "modern": "modernbert"}
+CLASSES = {"seed": "BertlingSeed", "bert": "Bert", "distilbert": "DistilBert", "modern": "ModernBert"}
+HEADS: dict[Head, str] = {"masked_lm": "ForMaskedLM", "classification": "ForSequenceClassification"}
+
+# Our field -> the key in config.json, where they differ. A key of two fields means that the stock class has one value.
+KEYS: dict[str, dict[str, str]] = {
+    "seed": {},
+    "bert": {"embedding_dropout_prob": "hidden_dropout_prob", "attention_output_dropout_prob": "hidden_dropout_prob"},
+    "distilbert": {
+        "hidden_size": "dim",
+        "num_hidden_layers": "n_layers",
+        "num_attention_heads": "n_heads",
+        "intermediate_size": "hidden_dim",
+        "embedding_dropout_prob": "dropout",
+        "hidden_dropout_prob": "dropout",
+        "attention_probs_dropout_prob": "attention_dropout",
+        "classifier_dropout": "seq_classif_dropout",
+    },
+    "modern": {
+        "layer_norm_eps": "norm_eps",
+        "embedding_dropout_prob": "embedding_dropout",
+        "hidden_dropout_prob": "mlp_dropout",
+        "attention_probs_dropout_prob": "attention_dropout",
+        "attention_output_dropout_prob": "attention_dropout",
+    },
+}
+
+# The fields that a configuration file holds (all others follow from the architecture), and those some have no key for.
+SETTINGS = (
+    *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "type_vocab_size"),
+    *("max_position_embeddings", "pad_token_id", "layer_norm_eps", "initializer_range", *dropout_values("bert", 0.0)),
+)
+UNSET: dict[str, tuple[str, ...]] = {
+    "seed": ("type_vocab_size",),
+    "bert": (),
+    "distilbert": ("type_vocab_size", "layer_norm_eps", "attention_output_dropout_prob"),
+    "modern": ("type_vocab_size",),
+}
+
+# What the stock classes could do otherwise and our anatomy does not: written, and required where a file says it.
+FIXED: dict[str, dict[str, Any]] = {
+    "seed": {},
+    "bert": {
+        "hidden_act": "gelu",
+        "is_decoder": False,
+        "add_cross_attention": False,
+        "tie_word_embeddings": True,
+        "position_embedding_type": "absolute",
+    },
+    "distilbert": {"activation": "gelu", "sinusoidal_pos_embds": False, "tie_word_embeddings": True},
+    "modern": {
+        "hidden_activation": "gelu",
+        "classifier_activation": "gelu",
+        "classifier_pooling": "cls",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "norm_bias": False,
+        "classifier_bias": False,
+        "decoder_bias": True,
+        "tie_word_embeddings": True,
+    },
+}
+
+# Our module -> the stock one.
+MODULES: dict[str, dict[str, str]] = {
+    "bert": {
+        "embeddings.word_embeddings": "bert.embeddings.word_embeddings",
+        "embeddings.position_embeddings": "bert.embeddings.position_embeddings",
+        "embeddings.token_type_embeddings": "bert.embeddings.token_type_embeddings",
+        "embeddings.norm": "bert.embeddings.LayerNorm",
+        "encoder.layers.{}.attention.qkv_proj": "bert.encoder.layer.{}.attention.self",
+        "encoder.layers.{}.attention.out_proj": "bert.encoder.layer.{}.attention.output.dense",
+        "encoder.layers.{}.attention_norm": "bert.encoder.layer.{}.attention.output.LayerNorm",
+        "encoder.layers.{}.mlp.up_proj": "bert.encoder.layer.{}.intermediate.dense",
+        "encoder.layers.{}.mlp.down_proj": "bert.encoder.layer.{}.output.dense",
+        "encoder.layers.{}.mlp_norm": "bert.encoder.layer.{}.output.LayerNorm",
+        "mlm_head.transform.dense": "cls.predictions.transform.dense",
+        "mlm_head.transform.norm": "cls.predictions.transform.LayerNorm",
+        "mlm_head": "cls.predictions",
+        "pooler.dense": "bert.pooler.dense",
+        "classifier": "classifier",
+    },
+    "distilbert": {
+        "embeddings.word_embeddings": "distilbert.embeddings.word_embeddings",
+        "embeddings.position_embeddings": "distilbert.embeddings.position_embeddings",
+        "embeddings.norm": "distilbert.embeddings.LayerNorm",
+        "encoder.layers.{}.attention.qkv_proj": "distilbert.transformer.layer.{}.attention",
+        "encoder.layers.{}.attention.out_proj": "distilbert.transformer.layer.{}.attention.out_lin",
+        "encoder.layers.{}.attention_norm": "distilbert.transformer.layer.{}.sa_layer_norm",
+        "encoder.layers.{}.mlp.up_proj": "distilbert.transformer.layer.{}.ffn.lin1",
+        "encoder.layers.{}.mlp.down_proj": "distilbert.transformer.layer.{}.ffn.lin2",
+        "encoder.layers.{}.mlp_norm": "distilbert.transformer.layer.{}.output_layer_norm",
+        "mlm_head.transform.dense": "vocab_transform",
+        "mlm_head.transform.norm": "vocab_layer_norm",
+        "mlm_head": "vocab_projector",
+        "pooler.dense": "pre_classifier",
+        "classifier": "classifier",
+    },
+    "modern": {
+        "embeddings.word_embeddings": "model.embeddings.tok_embeddings",
+        "embeddings.norm": "model.embeddings.norm",
+        "encoder.layers.{}.attention.qkv_proj": "model.layers.{}.attn",
+        "encoder.layers.{}.attention.out_proj": "model.layers.{}.attn.Wo",
+        "encoder.layers.{}.attention_norm": "model.layers.{}.attn_norm",
+        "encoder.layers.{}.mlp.up_proj": "model.layers.{}.mlp.Wi",
+        "encoder.layers.{}.mlp.down_proj": "model.layers.{}.mlp.Wo",
+        "encoder.layers.{}.mlp_norm": "model.layers.{}.mlp_norm",
+        "encoder.final_norm": "model.final_norm",
+        # The stock class has one transform under one name in front of either head.
+        "mlm_head.transform.dense": "head.dense",
+        "mlm_head.transform.norm": "head.norm",
+        "mlm_head": "decoder",
+        "pooler.dense": "head.dense",
+        "pooler.norm": "head.norm",
+        "classifier": "classifier",
+    },
+}
+# Our fused query-key-value matrix is three of theirs, or one.
+QKV = {"bert": ("query", "key", "value"), "distilbert": ("q_lin", "k_lin", "v_lin"), "modern": ("Wqkv",)}
+
+# Prefix of the encoder's keys, and of those of any head that a checkpoint may carry.
+ENCODER_PREFIX = {"seed": "", "bert": "bert.", "distilbert": "distilbert.", "modern": "model."}
+HEAD_PREFIXES: dict[str, tuple[str, ...]] = {
+    "seed": ("mlm_head.", "classifier."),
+    "bert": ("cls.", "bert.pooler.", "classifier.", "qa_outputs."),
+    "distilbert": ("vocab_", "pre_classifier.", "classifier.", "qa_outputs."),
+    "modern": ("head.", "decoder.", "classifier.", "qa_outputs."),
+}
+# Second copies of tied weights, and buffers that old versions stored: nothing of their own in them.
+COPIES = re.compile(
+    r"cls\.predictions\.decoder\.(weight|bias)|vocab_projector\.weight|decoder\.weight|.*\.position_ids"
+)
+
+
+class LoadReport(NamedTuple):
+    """What a checkpoint did not decide."""
+
+    fresh: tuple[str, ...]
+    """Our modules that start from random weights, because the checkpoint has none for them."""
+    unused: tuple[str, ...]
+    """The checkpoint's keys that belong to another head."""
+
+
+def to_hf(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The contents of config.json and the fp32 weights, on the CPU, in the vocabulary's true size.
+
+    A compiled or DDP-wrapped model gives what the plain one does.
+    """
+    plain = unwrap(model)
+    head: Head = "masked_lm" if isinstance(plain, BertForMaskedLM) else "classification"
+    config, state = config_to_hf(plain.config, head), {}
+    for name, parameter in plain.named_parameters():
+        keys = hf_keys(plain.config.architecture, name)
+        rows = parameter[: plain.config.vocab_size] if name in VOCABULARY_MATRICES else parameter
+        for key, part in zip(keys, rows.chunk(len(keys)), strict=True):
+            state[key] = part.detach().to("cpu", torch.float32, copy=True).contiguous()
+    return config, state
+
+
+def unwrap(model: nn.Module) -> BertEncoder:
+    """The model inside torch.compile's and DistributedDataParallel's wrappers."""
+    while (inner := model._modules.get("_orig_mod", model._modules.get("module"))) is not None:
+        model = inner
+    if not isinstance(model, BertEncoder):
+        raise TypeError(f"{type(model).__name__} is none of our models")
+    return model
+
+
+def from_hf(
+    config: Mapping[str, Any],
+    state: Mapping[str, Tensor],
+    *,
+    head: Head | None = None,
+    num_labels: int | None = None,
+    id2label: Mapping[int, str] | None = None,
+    dropout: float | None = None,
+    generator: torch.Generator | None = None,
+) -> tuple[Model, LoadReport]:
+    """Build the model that config.json and a state dict describe; every key and shape is checked first.
+
+    `head` asks for another head than the checkpoint's: the encoder's weights are taken, what is missing starts fresh
+    from `generator`, and the report says so. New labels start a fresh classifier too, unless the old ones had no names.
+    `dropout` replaces every share of dropout in the configuration.
+    """
+    ours = config_from_hf(config)
+    stored = stored_head(config)
+    wanted = head or stored
+    if wanted is None:
+        raise BertlingError("config.json: 'architectures' names no head that we know; say which head is wanted")
+    tensors = canonical_keys(ours.architecture, state)
+    keep_classifier = True
+    if num_labels is not None or id2label is not None:
+        labels = chosen_labels(ours, num_labels, id2label)
+        keep_classifier = len(labels) == ours.num_labels and (labels == ours.labels or generic(ours.labels))
+        ours = replace(ours, labels=labels)
+    if dropout is not None:
+        ours = replace(ours, **dropout_values(ours.architecture, dropout))
+
+    with torch.device("meta"):  # no memory yet: what the configuration claims is compared with the tensors first
+        model: Model = (BertForMaskedLM if wanted == "masked_lm" else BertForSequenceClassification)(ours)
+    skip = () if keep_classifier else ("classifier.",)
+    weights, report = match(model, tensors, skip=skip, may_be_fresh=wanted != stored)
+    model.to_empty(device="cpu")
+    if isinstance(model, BertForMaskedLM):
+        model.tie_weights()
+    with torch.no_grad():
+        for module in report.fresh:
+            initialize(model.get_submodule(module), ours, generator)
+        for name, weight in weights.items():
+            parameter = model.get_parameter(name)
+            parameter[len(weight) :] = 0.0  # the rows that pad the vocabulary
+            parameter[: len(weight)] = weight
+    return model, report
+
+
+def match(
+    model: Model, tensors: dict[str, Tensor], *, skip: tuple[str, ...], may_be_fresh: bool
+) -> tuple[dict[str, Tensor], LoadReport]:
+    """Find the checkpoint's tensor for each of our parameters; refuse what is missing, left over or of another shape.
+
+    `skip`: parameters with these prefixes start fresh in any case. `may_be_fresh`: those of the head may do so.
+    """
+    config = model.config
+    weights: dict[str, Tensor] = {}
+    used: set[str] = set()
+    fresh: dict[str, None] = {}
+    missing: list[str] = []
+    wrong: list[str] = []
+    for name, parameter in model.named_parameters():
+        keys = hf_keys(config.architecture, name)
+        optional = may_be_fresh and not name.startswith(("embeddings.", "encoder."))
+        absent = [key for key in keys if key not in tensors]
+        if name.startswith(skip) or (absent and optional):
+            fresh[name.rpartition(".")[0]] = None
+            continue
+        used.update(keys)
+        missing += absent
+        if absent:
+            continue
+        shape = list(parameter.shape)
+        if name in VOCABULARY_MATRICES:
+            shape[0] = config.vocab_size
+        shape[0] //= len(keys)
+        for key in keys:
+            if list(tensors[key].shape) != shape or not tensors[key].is_floating_point():
+                wrong.append(f"{key} is {describe(tensors[key])}, not {shape}")
+        if not wrong:
+            weights[name] = torch.cat([tensors[key] for key in keys]) if len(keys) > 1 else tensors[keys[0]]
+    left = [key for key in tensors if key not in used]
+    unused = tuple(key for key in left if key.startswith(HEAD_PREFIXES[config.architecture]))
+    unexpected = [key for key in left if key not in unused]
+    faults = {"missing": missing, "of the wrong shape": wrong, "unexpected": unexpected}
+    if any(faults.values()):
+        parts = [f"{what}: {some(names)}" for what, names in faults.items() if names]
+        raise BertlingError(
+            f"model.safetensors does not fit config.json ({config.architecture}): {'; '.join(parts)}; "
+            "use files that belong together"
+        )
+    return weights, LoadReport(tuple(fresh), unused)
+
+
+def some(names: list[str]) -> str:
+    """A few of many, for one line."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def describe(tensor: Tensor) -> str:
+    return f"{list(tensor.shape)}" + ("" if tensor.is_floating_point() else f" of {tensor.dtype}")
+
+
+def hf_keys(architecture: str, name: str) -> tuple[str, ...]:
+    """The stock keys of one of our parameters."""
+    if architecture == "seed":
+        return (name,)
+    module, _, kind = name.rpartition(".")
+    number = re.search(r"\d+", module)
+    stock = MODULES[architecture][re.sub(r"\d+", "{}", module)].format(number and number[0])
+    parts = QKV[architecture] if module.endswith("qkv_proj") else ()
+    return tuple(f"{stock}.{part}.{kind}" for part in parts) or (f"{stock}.{kind}",)
+
+
+def canonical_keys(architecture: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors under the names that today's stock class with a head would save them under."""
+    prefix = ENCODER_PREFIX[architecture]
+    bare = not any(key.startswith(prefix) for key in state)  # saved from the stock class without a head
+    tensors = {}
+    for key, tensor in state.items():
+        modern_key = re.sub(
+            r"LayerNorm\.gamma$", "LayerNorm.weight", re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", key)
+        )
+        full_key = prefix + modern_key if bare else modern_key
+        if architecture == "seed" or not COPIES.fullmatch(full_key):
+            tensors[full_key] = tensor
+    return tensors
+
+
+def stored_head(config: Mapping[str, Any]) -> Head | None:
+    """The head of the class that wrote a checkpoint."""
+    names = config.get("architectures")
+    for name in names if isinstance(names, list) else ():
+        for head, ending in HEADS.items():
+            if str(name).endswith(ending):
+                return head
+        if str(name).endswith("ForPreTraining"):
+            return "masked_lm"
+    return None
+
+
+def chosen_labels(config: ModelConfig, num_labels: int | None, id2label: Mapping[int, str] | None) -> tuple[str, ...]:
+    """Names of the classes asked for; the checkpoint's own where only their number is given and agrees."""
+    if id2label is not None:
+        return parse_labels(id2label)
+    if num_labels == config.num_labels:
+        return config.labels
+    return tuple(f"LABEL_{i}" for i in range(num_labels or 0))
+
+
+def generic(labels: tuple[str, ...]) -> bool:
+    """Whether these names say nothing."""
+    return labels == tuple(f"LABEL_{i}" for i in range(len(labels)))
+
+
+def parse_labels(id2label: Any) -> tuple[str, ...]:
+    """Names in the order of their ids, which must be 0, 1, 2 ..."""
+    try:
+        by_id = {int(key): value for key, value in id2label.items()}
+        labels = tuple(by_id[i] for i in range(len(id2label)))
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise BertlingError(f"id2label = {id2label!r:.60}: this must map 0, 1, 2 ... to names") from None
+    return labels
+
+
+def config_to_hf(config: ModelConfig, head: Head) -> dict[str, Any]:
+    """The contents of config.json; an anatomy that the stock class cannot express is refused."""
+    architecture = config.architecture
+    keys, values = KEYS[architecture], asdict(config)
+    result: dict[str, Any] = {
+        "architectures": [CLASSES[architecture] + HEADS[head]],
+        "model_type": MODEL_TYPES[architecture],
+        **FIXED[architecture],
+        **{keys.get(name, name): values[name] for name in SETTINGS if name not in UNSET[architecture]},
+    }
+    if architecture == "modern":
+        # Each setting in the spelling of transformers 5 and of 4: either ignores the other's.
+        rope = {"rope_type": "default", "rope_theta": config.rope_theta}
+        result |= {
+            "layer_types": ["full_attention"] * config.num_hidden_layers,
+            "global_attn_every_n_layers": 1,
+            "rope_parameters": {"full_attention": rope, "sliding_attention": rope},
+            "global_rope_theta": config.rope_theta,
+            "local_rope_theta": config.rope_theta,
+        }
+        # The stock defaults are ids of another vocabulary.
+        result |= dict.fromkeys(("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"))
+    if head == "classification" or not generic(config.labels) or config.num_labels != 2:
+        result["id2label"] = {str(i): label for i, label in enumerate(config.labels)}
+        result["label2id"] = {label: i for i, label in enumerate(config.labels)}
+    back = asdict(config_from_hf(result))
+    lost = [f"{name} = {values[name]!r}" for name in values if back[name] != values[name]]
+    if lost:
+        raise BertlingError(f"{some(lost)}: the {architecture} architecture has no such setting; use the preset's own")
+    return result
+
+
+def config_from_hf(config: Mapping[str, Any]) -> ModelConfig:
+    """The anatomy that a config.json describes, if it is one of ours."""
+    known = {model_type: architecture for architecture, model_type in MODEL_TYPES.items()}
+    architecture = known.get(str(config.get("model_type")))
+    if architecture is None:
+        raise BertlingError(
+            f"config.json: model_type = {config.get('model_type')!r:.60} is not supported; "
+            f"use a checkpoint of one of {', '.join(known)}"
+        )
+    for key, value in FIXED[architecture].items():
+        if config.get(key, value) != value:
+            raise BertlingError(
+                f"config.json: {key} = {config[key]!r:.60} is not supported; use a model with {key} = {value!r}"
+            )
+    if config.get("problem_type") not in (None, "single_label_classification"):
+        raise BertlingError(
+            f"config.json: problem_type = {config['problem_type']!r:.60} is not supported; "
+            "use a model that gives one label to each text"
+        )
+    values = {"pad_token_id": 0} | PRESETS[architecture]
+    for name in SETTINGS:
+        key = KEYS[architecture].get(name, name)
+        if key in config and name not in UNSET[architecture]:
+            values[name] = config[key]
+        elif name not in values:
+            raise BertlingError(f"config.json: no {key}; restore the file, or use another checkpoint")
+    if architecture == "bert" and config.get("classifier_dropout") is None:
+        values["classifier_dropout"] = values["hidden_dropout_prob"]
+    if architecture == "modern":
+        values["rope_theta"] = rotary_base(config)
+    try:
+        if config.get("id2label") is not None:
+            values["labels"] = parse_labels(config["id2label"])
+        result = ModelConfig(**values)
+    except BertlingError as error:
+        raise BertlingError(f"config.json: {error}") from None
+    if architecture == "modern":
+        check_global_attention(config, result.num_hidden_layers)
+    return result
+
+
+def rotary_base(config: Mapping[str, Any]) -> Any:
+    """The base of a ModernBERT's rotary frequencies in global layers, in the spelling of transformers 5 or 4."""
+    parameters = config.get("rope_parameters") or {}
+    full = parameters.get("full_attention") if isinstance(parameters, dict) else None
+    full = full if isinstance(full, dict) else {}
+    if config.get("rope_scaling") is not None or full.get("rope_type", "default") != "default":
+        raise BertlingError(
+            "config.json: scaled rotary positions are not supported; use a model with rope_type 'default'"
+        )
+    return full.get("rope_theta", config.get("global_rope_theta", 160_000.0))
+
+
+def check_global_attention(config: Mapping[str, Any], layers: int) -> None:
+    """Refuse a ModernBERT in which some layers see only a window."""
+    types = config.get("layer_types")
+    every = config.get("global_attn_every_n_layers", 3)
+    if types != ["full_attention"] * layers if types is not None else every != 1 and layers > 1:
+        raise BertlingError(
+            "config.json: layer_types asks for sliding windows, which are not supported; "
+            "use a model with 'full_attention' in every layer"
+        )

@@ -1,0 +1,315 @@
+"""The anatomy of a BERT: embeddings, blocks, and the two heads (masked words, classification). No IO, no globals.
+
+Shapes: B batch, T tokens, D hidden, F intermediate, V vocabulary (rows padded to a multiple of 64), M masked, L labels.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bertling.attention import SelfAttention, padding_mask, rotary_angles, sinusoidal_positions
+from bertling.files import BertlingError
+from bertling.presets import ModelConfig as ModelConfig
+from bertling.presets import Pooler
+
+# The parameters that run with more rows than the vocabulary has entries.
+VOCABULARY_MATRICES = ("embeddings.word_embeddings.weight", "mlm_head.decoder.weight")
+
+
+class Embeddings(nn.Module):
+    """What a token is, plus where it stands and which segment it belongs to."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        hidden_size = config.hidden_size
+        self.word_embeddings = nn.Embedding(config.padded_vocab_size, hidden_size, padding_idx=config.pad_token_id)
+        self.position_embeddings = self.token_type_embeddings = None
+        if config.positions == "learned":
+            self.position_embeddings = nn.Embedding(config.max_position_embeddings, hidden_size)
+        if config.type_vocab_size:
+            self.token_type_embeddings = nn.Embedding(config.type_vocab_size, hidden_size)
+        self.norm = layer_norm(config) if config.embedding_norm else nn.Identity()
+        self.dropout = nn.Dropout(config.embedding_dropout_prob)
+
+    def forward(self, input_ids: Tensor, token_type_ids: Tensor | None) -> Tensor:
+        """[B, T] -> [B, T, D]; segments default to 0."""
+        length = input_ids.shape[1]
+        if length > self.config.max_position_embeddings:
+            raise BertlingError(
+                f"input of {length} tokens: this model has max_position_embeddings = "
+                f"{self.config.max_position_embeddings}; cut the input"
+            )
+        x: Tensor = self.word_embeddings(input_ids)  # [B, T, D]
+        if self.config.positions == "sinusoidal":
+            # Scaled as in Vaswani et al. 2017, section 3.4; else the sines, near 1, would drown the small word vectors.
+            x = x * math.sqrt(self.config.hidden_size)
+            x = x + sinusoidal_positions(length, self.config.hidden_size, x.device)
+        if self.token_type_embeddings is not None:
+            segments = torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
+            x = x + self.token_type_embeddings(segments)
+        if self.position_embeddings is not None:
+            x = x + self.position_embeddings.weight[:length]
+        output: Tensor = self.dropout(self.norm(x))
+        return output
+
+
+class MLP(nn.Module):
+    """Each token on its own: widen, bend, narrow. Gated (GeGLU, Shazeer 2020), one half scales the other."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.glu = config.glu
+        width = config.intermediate_size
+        self.up_proj = nn.Linear(config.hidden_size, 2 * width if config.glu else width, bias=config.bias)
+        self.down_proj = nn.Linear(width, config.hidden_size, bias=config.bias)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.glu:
+            x, gate = self.up_proj(x).chunk(2, dim=-1)  # [B, T, F] each
+            x = self.down_proj(self.dropout(F.gelu(x) * gate))  # [B, T, D]
+        else:
+            x = self.dropout(self.down_proj(F.gelu(self.up_proj(x))))  # [B, T, D]
+        return x
+
+
+class Block(nn.Module):
+    """Attention between tokens, then an MLP on each; both add to the residual stream."""
+
+    def __init__(self, config: ModelConfig, *, attention_norm: bool) -> None:
+        super().__init__()
+        self.norm_first = config.norm_first
+        self.attention_norm = layer_norm(config) if attention_norm else nn.Identity()
+        self.attention = SelfAttention(
+            config.hidden_size,
+            config.num_attention_heads,
+            bias=config.bias,
+            dropout=config.attention_probs_dropout_prob,
+        )
+        self.dropout = nn.Dropout(config.attention_output_dropout_prob)
+        self.mlp_norm = layer_norm(config)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, attention_mask: Tensor | None, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
+        """[B, T, D] -> [B, T, D]."""
+        if self.norm_first:  # the stream itself is never normalised, so gradients reach the first block undamped
+            x = x + self.dropout(self.attention(self.attention_norm(x), attention_mask, rotary))
+            x = x + self.mlp(self.mlp_norm(x))
+        else:
+            x = self.attention_norm(x + self.dropout(self.attention(x, attention_mask, rotary)))
+            x = self.mlp_norm(x + self.mlp(x))
+        return x
+
+
+class Encoder(nn.Module):
+    """The blocks, one after another."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.layers = nn.ModuleList(
+            Block(config, attention_norm=config.first_attention_norm or i > 0) for i in range(config.num_hidden_layers)
+        )
+        self.final_norm = layer_norm(config) if config.final_norm else nn.Identity()
+
+    def forward(self, x: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """[B, T, D] -> [B, T, D]; `attention_mask` [B, T] is 1 or True where a token counts, None where all do."""
+        rotary = None
+        if self.config.positions == "rotary":
+            rotary = rotary_angles(x.shape[1], self.config.head_dim, self.config.rope_theta, x.device)
+        mask = None if attention_mask is None else padding_mask(attention_mask)
+        for block in self.layers:
+            x = block(x, mask, rotary)
+        output: Tensor = self.final_norm(x)
+        return output
+
+
+class BertEncoder(nn.Module):
+    """Token ids to contextual vectors: what both heads stand on."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embeddings = Embeddings(config)
+        self.encoder = Encoder(config)
+
+    def encode(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
+    ) -> Tensor:
+        """Last hidden states, [B, T] -> [B, T, D]; segments are ignored by a model without segment embeddings."""
+        x: Tensor = self.encoder(self.embeddings(input_ids, token_type_ids), attention_mask)
+        return x
+
+
+class HeadTransform(nn.Module):
+    """What a head does before its last matrix: a dense layer, an activation, a LayerNorm; each part may be absent."""
+
+    def __init__(self, config: ModelConfig, *, activation: Pooler, norm: bool) -> None:
+        super().__init__()
+        self.activation = activation
+        width = config.hidden_size
+        self.dense = nn.Identity() if activation == "none" else nn.Linear(width, width, bias=config.bias)
+        self.norm = layer_norm(config) if norm else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., D]."""
+        x = self.dense(x)
+        if self.activation == "tanh":
+            x = x.tanh()
+        elif self.activation == "relu":
+            x = F.relu(x)
+        elif self.activation == "gelu":
+            x = F.gelu(x)
+        output: Tensor = self.norm(x)
+        return output
+
+
+class MaskedLMHead(nn.Module):
+    """Hidden states to a score for each entry of the vocabulary."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.transform = HeadTransform(config, activation="gelu" if config.mlm_dense else "none", norm=True)
+        self.decoder = nn.Linear(config.hidden_size, config.padded_vocab_size, bias=False)
+        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., V], the padded rows at minus infinity: they never win, nor count in a softmax."""
+        bias = F.pad(self.bias, (0, self.decoder.out_features - len(self.bias)), value=float("-inf"))
+        return F.linear(self.transform(x), self.decoder.weight, bias)
+
+
+class MaskedOutput(NamedTuple):
+    """What one batch says about masked words."""
+
+    loss_sum: Tensor
+    """Cross-entropy in nats, summed over the labels that are not -100; fp32."""
+    correct: Tensor
+    """How many of them have the highest score."""
+
+
+class BertForMaskedLM(BertEncoder):
+    """Guess the masked words (Devlin et al. 2019, section 3.1)."""
+
+    def __init__(self, config: ModelConfig, generator: torch.Generator | None = None) -> None:
+        super().__init__(config)
+        self.mlm_head = MaskedLMHead(config)
+        self.tie_weights()
+        initialize(self, config, generator)
+
+    def tie_weights(self) -> None:
+        """Let the head share the word embeddings' matrix, where the configuration says so."""
+        if self.config.tied:
+            self.mlm_head.decoder.weight = self.embeddings.word_embeddings.weight
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        positions: Tensor | None = None,
+        labels: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+    ) -> Tensor | MaskedOutput:
+        """Logits [B, T, V]; with `positions` [M] (flat, in B * T) logits [M, V]; with `labels` a MaskedOutput.
+
+        `labels` belong to `positions`, or are [B, T] without them; -100 marks what is not scored.
+        Only the positions named meet the vocabulary matrix, the largest one: for a small model most of the work.
+        """
+        x = self.encode(input_ids, attention_mask, token_type_ids)  # [B, T, D]
+        if positions is not None:
+            x = x.flatten(0, 1).index_select(0, positions)  # [B * T, D] -> [M, D]
+        logits: Tensor = self.mlm_head(x)
+        if labels is None:
+            return logits[..., : self.config.vocab_size]
+        logits, labels = logits.flatten(0, -2).float(), labels.flatten()  # [M, V], [M]
+        loss_sum = F.cross_entropy(logits, labels, ignore_index=-100, reduction="sum")
+        return MaskedOutput(loss_sum, (logits.detach().argmax(dim=-1) == labels).sum())
+
+
+class BertForSequenceClassification(BertEncoder):
+    """One label for the whole input, read from its first token, [CLS]."""
+
+    def __init__(self, config: ModelConfig, generator: torch.Generator | None = None) -> None:
+        super().__init__(config)
+        self.pooler = HeadTransform(config, activation=config.pooler, norm=config.pooler == "gelu")
+        self.dropout = nn.Dropout(config.classifier_dropout)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        initialize(self, config, generator)
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
+    ) -> Tensor:
+        """[B, T] -> logits [B, L]."""
+        x = self.encode(input_ids, attention_mask, token_type_ids)[:, 0]  # [B, T, D] -> [B, D]
+        logits: Tensor = self.classifier(self.dropout(self.pooler(x)))
+        return logits
+
+
+def layer_norm(config: ModelConfig) -> nn.LayerNorm:
+    return nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps, bias=config.bias)
+
+
+@torch.no_grad()
+def initialize(module: nn.Module, config: ModelConfig, generator: torch.Generator | None = None) -> None:
+    """Give `module` fresh weights: a normal cut at two deviations (as in Devlin et al.'s code), zero biases."""
+    done: set[Tensor] = set()  # a shared matrix is drawn once, as what it is first: the word embeddings
+    for name, part in module.named_modules():
+        if isinstance(part, nn.LayerNorm):
+            part.reset_parameters()
+        if isinstance(part, nn.Linear | MaskedLMHead) and part.bias is not None:
+            part.bias.zero_()
+        if not isinstance(part, nn.Linear | nn.Embedding) or part.weight in done:
+            continue
+        done.add(part.weight)
+        if config.zero_init_output and name.endswith(("out_proj", "down_proj")):
+            part.weight.zero_()
+            continue
+        deviation = config.initializer_range
+        nn.init.trunc_normal_(part.weight, std=deviation, a=-2 * deviation, b=2 * deviation, generator=generator)
+        if isinstance(part, nn.Embedding) and part.padding_idx is not None:
+            part.weight[part.padding_idx].zero_()
+
+
+class SummaryRow(NamedTuple):
+    """One module with weights of its own."""
+
+    path: str
+    shape: str
+    parameters: int
+
+
+class ParameterCount(NamedTuple):
+    """Weights, each counted once, without the rows that pad the vocabulary."""
+
+    total: int
+    without_embeddings: int
+
+
+def summary(model: BertEncoder) -> list[SummaryRow]:
+    """The anatomy, top to bottom: each module that holds weights, their shape, how many; shared ones count once."""
+    rows: list[SummaryRow] = []
+    owners: dict[nn.Parameter, str] = {}
+    for path, module in model.named_modules():
+        shapes, parameters = [], 0
+        for name, parameter in module.named_parameters(recurse=False):
+            shape = list(parameter.shape)
+            if f"{path}.{name}" in VOCABULARY_MATRICES:
+                shape[0] = model.config.vocab_size
+            shared = f" = {owners[parameter]}" if parameter in owners else ""
+            shapes.append(f"{name} {' x '.join(map(str, shape))}{shared}")
+            parameters += 0 if shared else math.prod(shape)
+            owners.setdefault(parameter, f"{path}.{name}")
+        if shapes:
+            rows.append(SummaryRow(path, ", ".join(shapes), parameters))
+    return rows
+
+
+def count_parameters(model: BertEncoder) -> ParameterCount:
+    """All weights, and all but the embeddings (and with them a tied vocabulary matrix)."""
+    rows = summary(model)
+    total = sum(row.parameters for row in rows)
+    return ParameterCount(total, total - sum(row.parameters for row in rows if row.path.endswith("_embeddings")))

@@ -1,0 +1,384 @@
+"""Text files to prepared splits: whole documents dealt out to train, val and test, cut into rows, and summed up.
+
+Shapes: n rows, T ids a row, W = T - 2 ids of text in it.
+"""
+
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from bertling.corpus import Corpus, build_corpus
+from bertling.datacard import DataCard, SplitCard
+from bertling.files import BertlingError, atomic_file, atomic_folder, readable_errors, write_json
+from bertling.masking import mask_tokens
+from bertling.packed import IGNORED, MAX_SEQ_LEN, Ids, write_pairs
+from bertling.samples import MANIFEST, SamplesWriter, unigram_floors
+from bertling.splits import SPLITS, Part, deal, shares_of, whole
+from bertling.text import TextOptions
+from bertling.tokenizer import Tokenizer
+
+Progress = Callable[[int, int], None]
+
+ROWS_AT_ONCE = 4096
+_MASKS, _ROW_HASH = 12, 13
+"""Keep the random streams of one seed apart."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How rows are made and where they go."""
+
+    label: str
+    output: Path
+    seq_len: int
+    seed: int
+    method: str
+    format: str
+    tokenizer: Tokenizer
+
+    @property
+    def width(self) -> int:
+        """Ids of text in a row, between [CLS] and [SEP]."""
+        return self.seq_len - 2
+
+    def name(self, split: str) -> str:
+        """The stem that tells what a file holds."""
+        return f"{split}_{self.label}_{self.seq_len}_{self.seed}"
+
+    def target(self, split: str) -> Path:
+        """Where a split goes."""
+        return self.output / (self.name(split) + (".msgpack.gz" if self.format == "msgpack" else ""))
+
+    def card(self) -> Path:
+        """Where the data card goes."""
+        return self.output / (self.name("card") + ".json")
+
+
+def prepare(
+    inputs: Sequence[Path],
+    label: str,
+    output: Path,
+    seq_len: int,
+    tokenizer: Tokenizer,
+    *,
+    seed: int = 123,
+    method: str = "split",
+    val_inputs: Sequence[Path] = (),
+    test_inputs: Sequence[Path] = (),
+    split: tuple[float, float, float] | None = None,
+    format: str = "shards",
+    options: TextOptions | None = None,
+    drop_duplicates: bool = False,
+    workers: int | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> DataCard:
+    """Write `<split>_<label>_<seq_len>_<seed>` for train, val and test to `output`, and a data card beside them.
+
+    `val_inputs` and `test_inputs` are that split in full, as they are (nothing dropped). `split` gives the shares of
+    train, val and test in `inputs`; shares of splits that come as files are left out and the others scaled up. Unset it
+    is 80/10/10, and with `val_inputs` or `test_inputs` all of `inputs` is training text: no other split is cut from it.
+    Token ids are kept under `output`/ids and made once for the same text and vocabulary.
+    """
+    began = time.monotonic()
+    layout = Layout(label, output, seq_len, seed, method, format, tokenizer)
+    shares = shares_of(split, bool(val_inputs), bool(test_inputs))
+    wanted = [s for s in SPLITS if s in shares or (s == "val" and val_inputs) or (s == "test" and test_inputs)]
+    _check(layout, inputs)
+    if not force:
+        _refuse_existing(layout)
+
+    def corpus(paths: Sequence[Path], drop: bool) -> Corpus:
+        cut = seq_len if method == "segment" else None
+        return build_corpus(
+            paths,
+            tokenizer,
+            output / "ids",
+            method="segment" if method == "segment" else "split",
+            seq_len=cut,
+            options=options or TextOptions(),
+            drop_duplicates=drop,
+            workers=workers,
+            progress=progress,
+        )
+
+    corpora = {"train": corpus(inputs, drop_duplicates)}
+    parts, notes = deal(corpora["train"], shares, seed)
+    for name, paths in (("val", val_inputs), ("test", test_inputs)):
+        if paths:
+            corpora[name] = corpus(paths, False)
+            parts[name] = whole(corpora[name])
+    parts = {name: parts[name] for name in wanted}
+    _check_lengths(parts, layout, inputs)
+    tallies = _write(parts, layout, force)
+    if force:
+        notes += _remove_stale(layout, wanted)
+    card = _card(layout, list(corpora.values()), parts, tallies, notes)
+    card = replace(card, seconds=round(time.monotonic() - began, 2))
+    write_json(layout.card(), card.to_dict())
+    return card
+
+
+def _check(layout: Layout, inputs: Sequence[Path]) -> None:
+    if not inputs:
+        raise BertlingError("input: no text file is given; name at least one with -i")
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", layout.label):
+        raise BertlingError(f"label: '{layout.label:.80}' must be letters, digits, '.', '_' or '-', at most 64 of them")
+    if not 8 <= layout.seq_len <= MAX_SEQ_LEN:
+        raise BertlingError(f"max-len: must lie between 8 and {MAX_SEQ_LEN}, not {layout.seq_len}")
+    if not 0 <= layout.seed < 1 << 63:
+        raise BertlingError(f"seed: must be 0 or more and fit 63 bits, not {layout.seed}")
+    if layout.method not in ("split", "segment"):
+        raise BertlingError(f"method: must be split or segment, not '{layout.method}'")
+    if layout.format not in ("shards", "msgpack"):
+        raise BertlingError(f"format: must be shards or msgpack, not '{layout.format}'")
+    if layout.output.exists() and not layout.output.is_dir():
+        raise BertlingError(f"{layout.output}: is a file; give a folder for the prepared data")
+
+
+def _refuse_existing(layout: Layout) -> None:
+    for path in [layout.target(name) for name in SPLITS] + [layout.card()]:
+        if path.exists():
+            raise BertlingError(f"{path}: exists already; give --force to replace it, or choose another label or seed")
+
+
+def _check_lengths(parts: dict[str, Part], layout: Layout, inputs: Sequence[Path]) -> None:
+    tokens = parts["train"].tokens
+    if tokens < layout.width:
+        raise BertlingError(
+            f"{inputs[0]}: its {tokens} training tokens are fewer than one sample of {layout.width}; "
+            "give more text or a smaller max-len"
+        )
+    for name, part in parts.items():
+        if not part.tokens:
+            raise BertlingError(f"{inputs[0]}: too short for a {name} split; give more text or other shares")
+
+
+def _packed_rows(part: Part, layout: Layout, *, keep_last: bool) -> Iterator[Ids]:
+    """Documents one behind the other, cut every W ids: rows [n, T]; the rest is padded or left out."""
+    width = layout.width
+    size = ROWS_AT_ONCE * width
+    ids = np.asarray(part.corpus.ids)
+    buffer: list[npt.NDArray[np.integer]] = []
+    held = 0
+    for first, last in part.spans.tolist():
+        for start in range(first, last, size):
+            buffer.append(ids[start : min(start + size, last)])
+            held += len(buffer[-1])
+            if held >= size:
+                flat = np.concatenate(buffer)
+                full = held // width * width
+                yield _wrapped(flat[:full].reshape(-1, width), None, layout)
+                buffer, held = [flat[full:]], held - full
+    flat = np.concatenate(buffer)
+    full = held // width * width
+    if full:
+        yield _wrapped(flat[:full].reshape(-1, width), None, layout)
+    if held > full and keep_last:
+        last_row = np.zeros((1, width), dtype=np.int64)
+        last_row[0, : held - full] = flat[full:]
+        yield _wrapped(last_row, np.array([held - full]), layout)
+
+
+def _piece_rows(part: Part, layout: Layout) -> Iterator[Ids]:
+    """Each piece cut or padded to W ids: rows [n, T]."""
+    columns = np.arange(layout.width)
+    for start in range(0, len(part.spans), ROWS_AT_ONCE):
+        firsts, lasts = part.spans[start : start + ROWS_AT_ONCE].T
+        lengths = np.minimum(lasts - firsts, layout.width)
+        places = np.minimum(firsts[:, None] + columns, (lasts - 1)[:, None])
+        yield _wrapped(part.corpus.ids[places], lengths, layout)
+
+
+def _wrapped(body: npt.NDArray[np.integer], lengths: Ids | None, layout: Layout) -> Ids:
+    """[CLS] body [SEP], int64 [n, T]; of each body [n, W] the first `lengths` ids count, padding follows."""
+    tokenizer = layout.tokenizer
+    rows = np.full((len(body), layout.seq_len), tokenizer.pad_id, dtype=np.int64)
+    rows[:, 0] = tokenizer.cls_id
+    if lengths is None:
+        rows[:, 1:-1] = body
+        rows[:, -1] = tokenizer.sep_id
+        return rows
+    rows[:, 1:-1] = np.where(np.arange(layout.width) < lengths[:, None], body, tokenizer.pad_id)
+    rows[np.arange(len(rows)), lengths + 1] = tokenizer.sep_id
+    return rows
+
+
+class _Tally:
+    """What the card says of a split, summed up while its rows pass by."""
+
+    def __init__(self, layout: Layout) -> None:
+        self._pad_id = layout.tokenizer.pad_id
+        self.counts: Ids = np.zeros(layout.tokenizer.vocab_size, dtype=np.int64)
+        self.rows = self.padded_rows = 0
+        self._hashes: list[npt.NDArray[np.uint64]] = []
+        odd = np.random.default_rng(_ROW_HASH).integers(1 << 63, size=layout.seq_len, dtype=np.uint64) * 2 + 1
+        self._weights = odd.astype(np.uint64)
+
+    def watch(self, blocks: Iterator[Ids]) -> Iterator[Ids]:
+        """The same blocks of rows [n, T], counted."""
+        for rows in blocks:
+            self.counts += np.bincount(rows.reshape(-1), minlength=len(self.counts))
+            self.rows += len(rows)
+            self.padded_rows += int((rows == self._pad_id).any(axis=1).sum())
+            self._hashes.append(rows.astype(np.uint64) @ self._weights)
+            yield rows
+
+    def row_hashes(self) -> npt.NDArray[np.uint64]:
+        """One hash for each row (multiply-and-add modulo 2^64)."""
+        return np.concatenate(self._hashes)
+
+
+def _write(parts: dict[str, Part], layout: Layout, force: bool) -> dict[str, _Tally]:
+    """Write all splits; they appear together once all are complete."""
+    tallies = {name: _Tally(layout) for name in parts}
+    with ExitStack() as stack:
+        for name, part in parts.items():
+            target, tally = layout.target(name), tallies[name]
+            if layout.method == "segment":
+                rows = tally.watch(_piece_rows(part, layout))
+            else:
+                rows = tally.watch(_packed_rows(part, layout, keep_last=name != "train"))
+            if layout.format == "msgpack":
+                file = stack.enter_context(atomic_file(target))
+                with readable_errors(target), file.open("wb") as raw:
+                    write_pairs(raw, _masked(rows, layout, name), _row_count(part, layout, name), zipped=True)
+            else:
+                folder = stack.enter_context(atomic_folder(target, force=force))
+                with readable_errors(target):
+                    _write_folder(folder, rows, layout, name, len(part.hashes))
+    return tallies
+
+
+def _write_folder(folder: Path, blocks: Iterator[Ids], layout: Layout, split: str, documents: int) -> None:
+    tokenizer = layout.tokenizer
+    writer = SamplesWriter(folder, seq_len=layout.seq_len, vocab_size=tokenizer.vocab_size, pad_id=tokenizer.pad_id)
+    try:
+        for rows in blocks:
+            writer.append(rows)
+        floors = unigram_floors(writer.counts, writer.counts, tokenizer.special_ids)
+        writer.finish(
+            split=split,
+            label=layout.label,
+            seed=layout.seed,
+            method=layout.method,
+            documents=documents,
+            vocab_fingerprint=tokenizer.fingerprint,
+            unigram_accuracy=floors.accuracy,
+            unigram_entropy=floors.entropy,
+        )
+    finally:
+        writer.close()
+    tokenizer.save(folder)
+
+
+def _row_count(part: Part, layout: Layout, split: str) -> int:
+    if layout.method == "segment":
+        return len(part.spans)
+    return part.tokens // layout.width if split == "train" else -(-part.tokens // layout.width)
+
+
+def _masked(blocks: Iterator[Ids], layout: Layout, split: str) -> Iterator[tuple[Ids, Ids]]:
+    """Rows with static masks, ids and labels (-100 where not masked), drawn from the seed, the split and the block."""
+    tokenizer = layout.tokenizer
+    for number, rows in enumerate(blocks):
+        entropy = np.random.SeedSequence([layout.seed, _MASKS, SPLITS.index(split), number])
+        generator = torch.Generator().manual_seed(int(entropy.generate_state(1, np.uint64)[0]))
+        masked = mask_tokens(
+            torch.from_numpy(rows),
+            # The layout writes 0 for "not masked", so id 0 is left alone whatever it stands for.
+            special_ids=sorted({0, *tokenizer.special_ids}),
+            mask_id=tokenizer.mask_id,
+            vocab_size=tokenizer.vocab_size,
+            generator=generator,
+        )
+        labels = np.full(rows.shape, IGNORED, dtype=np.int64)
+        used = (masked.labels != IGNORED).numpy()
+        labels.reshape(-1)[masked.positions.numpy()[used]] = masked.labels.numpy()[used]
+        yield masked.input_ids.numpy(), labels
+
+
+def _remove_stale(layout: Layout, wanted: Sequence[str]) -> list[str]:
+    """Take away an older split of the same name that this call does not make: its text may be in train now."""
+    notes = []
+    for name in SPLITS:
+        path = layout.target(name)
+        if name not in wanted and path.is_file():
+            path.unlink()
+            notes.append(f"{path.name} of an earlier preparation was removed")
+        elif name not in wanted and (path / MANIFEST).is_file():
+            shutil.rmtree(path)
+            notes.append(f"{path.name} of an earlier preparation was removed")
+    return notes
+
+
+def _card(
+    layout: Layout, corpora: list[Corpus], parts: dict[str, Part], tallies: dict[str, _Tally], notes: list[str]
+) -> DataCard:
+    def total(name: str) -> int:
+        return sum(int(corpus.stats.get(name, 0)) for corpus in corpora)
+
+    tokenizer, train = layout.tokenizer, tallies["train"].counts
+    splits = {
+        name: _split_card(part, tallies[name], train, layout, layout.target(name).name) for name, part in parts.items()
+    }
+    overlap = {
+        f"{a}/{b}": {
+            "documents": len(np.intersect1d(parts[a].hashes, parts[b].hashes)),
+            "samples": len(np.intersect1d(tallies[a].row_hashes(), tallies[b].row_hashes())),
+        }
+        for a, b in combinations(parts, 2)
+    }
+    for a, b in combinations(parts, 2):
+        both = overlap[f"{a}/{b}"]["documents"]
+        if both and parts[a].corpus is not parts[b].corpus:
+            notes.append(f"{both:,} document(s) are in {a} and in {b}: leave them out of one of the inputs")
+    for what in ("documents", "lines"):
+        if total(f"dropped_{what}"):
+            notes.append(f"{total(f'dropped_{what}'):,} {what} were left out (duplicates, or without any text)")
+    return DataCard(
+        label=layout.label,
+        seq_len=layout.seq_len,
+        seed=layout.seed,
+        method=layout.method,
+        format=layout.format,
+        vocab_size=tokenizer.vocab_size,
+        vocab_fingerprint=tokenizer.fingerprint,
+        documents=total("documents"),
+        lines=total("lines"),
+        characters=total("characters"),
+        tokens=total("tokens"),
+        unk_tokens=total("unk_tokens"),
+        duplicate_documents=total("duplicate_documents"),
+        duplicate_lines=total("duplicate_lines"),
+        unigram_accuracy=splits["train"].unigram_accuracy,
+        unigram_entropy=unigram_floors(train, train, tokenizer.special_ids).entropy,
+        splits=splits,
+        overlap=overlap,
+        notes=notes,
+        seconds=0.0,
+    )
+
+
+def _split_card(part: Part, tally: _Tally, train: Ids, layout: Layout, path: str) -> SplitCard:
+    floors = unigram_floors(train, tally.counts, layout.tokenizer.special_ids)
+    tokens = int(tally.counts.sum() - tally.counts[layout.tokenizer.pad_id])
+    return SplitCard(
+        path=path,
+        documents=len(part.hashes),
+        samples=tally.rows,
+        tokens=tokens,
+        padded_samples=tally.padded_rows,
+        dropped_tokens=part.tokens - (tokens - 2 * tally.rows),
+        unigram_accuracy=floors.accuracy,
+        unigram_cross_entropy=floors.cross_entropy,
+    )

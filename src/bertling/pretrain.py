@@ -1,0 +1,178 @@
+"""Pre-training from the settings on: data, vocabulary, model, run folder; then the loop."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from bertling import distributed
+from bertling.checkpoint import Loaded, load_checkpoint
+from bertling.distributed import Ranks
+from bertling.files import BertlingError
+from bertling.model import BertEncoder, BertForMaskedLM, count_parameters
+from bertling.presets import preset_config
+from bertling.runs import Start, new_run
+from bertling.runtime import Runtime, build_runtime
+from bertling.samples import Samples, match_samples, open_samples
+from bertling.settings import Settings, key_of
+from bertling.tasks import MaskedLMTask
+from bertling.tokenizer import Tokenizer
+from bertling.train import Outcome, Trainer, total_steps
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class MaskedLMData:
+    """Prepared data and its vocabulary."""
+
+    train: list[Samples]
+    val: Samples
+    tokenizer: Tokenizer
+
+
+def pretrain(start: Start, say: Say) -> Outcome:
+    """Train a masked language model as `start` says; `say` gets what a user should read before it begins."""
+    settings = start.settings
+    ranks = distributed.join(settings)
+    try:
+        say = say if ranks.first else lambda text: None
+        runtime = build_runtime(settings, local_rank=ranks.local_rank, local_processes=ranks.local_processes)
+        model, tokenizer = starting_model(start, say)
+        data = load_data(settings, start.explicit, tokenizer, say)
+        if model is None:
+            model = fresh_model(settings, data)
+        task = MaskedLMTask(
+            data.train,
+            data.val,
+            data.tokenizer,
+            batch_size=settings.batch_size,
+            seed=settings.seed,
+            mlm_probability=settings.mlm_probability,
+        )
+        introduce(model, task, data, settings, runtime, ranks, say)
+        run = start.run or (new_run(settings) if ranks.first else Path())
+        trainer = Trainer(task, model, data.tokenizer, settings, runtime, ranks, run, state=start.state)
+        say(f"run folder: {run}")
+        return trainer.train()
+    finally:
+        distributed.leave()
+
+
+def starting_model(start: Start, say: Say) -> tuple[BertForMaskedLM | None, Tokenizer | None]:
+    """The model and vocabulary of the checkpoint to start from; its architecture wins over the settings."""
+    if start.checkpoint is None:
+        return None, None
+    dropout = start.settings.dropout if "dropout" in start.explicit or start.run else None
+    generator = torch.Generator().manual_seed(start.settings.seed)
+    loaded = load_checkpoint(start.checkpoint, head="masked_lm", dropout=dropout, generator=generator)
+    assert isinstance(loaded.model, BertForMaskedLM)
+    check_architecture(loaded.model, start.settings, start.explicit)
+    say_loaded(loaded, say)
+    return loaded.model, loaded.tokenizer
+
+
+def say_loaded(loaded: Loaded, say: Say) -> None:
+    """What the weights came from, what starts fresh, and what of the checkpoint is of no use here."""
+    say(f"weights: {loaded.folder}")
+    if loaded.report.fresh:
+        say(f"fresh, because the checkpoint has none for this task: {', '.join(loaded.report.fresh)}")
+    if loaded.report.unused:
+        say(f"of another head, and unused: {', '.join(loaded.report.unused)}")
+
+
+def check_architecture(model: BertEncoder, settings: Settings, explicit: frozenset[str]) -> None:
+    """An explicit size or preset other than the checkpoint's is an error."""
+    config = model.config
+    has = {
+        "preset": config.architecture,
+        "d_model": config.hidden_size,
+        "n_layers": config.num_hidden_layers,
+        "heads": config.num_attention_heads,
+    }
+    for name, value in has.items():
+        if name in explicit and getattr(settings, name) != value:
+            raise BertlingError(
+                f"{key_of(name)} = {getattr(settings, name)}: the checkpoint has {value}, and a checkpoint's "
+                f"architecture wins; leave {key_of(name)} out"
+            )
+
+
+def load_data(settings: Settings, explicit: frozenset[str], tokenizer: Tokenizer | None, say: Say) -> MaskedLMData:
+    """Open the prepared data that the patterns name, and check that all of it fits together."""
+    train = [open_samples(path) for path in match_samples(settings.base_dir, settings.dataset_pattern)]
+    val_paths = match_samples(settings.base_dir, settings.val_dataset_pattern)
+    val = open_samples(val_paths[0])
+    if len(val_paths) > 1:
+        say(f"{len(val_paths)} data sets match val-dataset-pattern: {val.path.name} is evaluated on")
+    if "seq_len" in explicit and settings.seq_len != train[0].seq_len:
+        raise BertlingError(
+            f"seq-len = {settings.seq_len}: {train[0].path} was prepared with rows of {train[0].seq_len}; prepare it "
+            "again with -m, or set seq-len to that"
+        )
+    if val.seq_len != train[0].seq_len:
+        raise BertlingError(f"{val.path}: has rows of {val.seq_len} ids, {train[0].path} of {train[0].seq_len}")
+    return MaskedLMData(train, val, tokenizer or find_vocabulary(settings, train[0].path))
+
+
+def find_vocabulary(settings: Settings, data: Path | None = None) -> Tokenizer:
+    """The vocabulary that was named, or the one in the work folder, or the one that the data carry."""
+    usual = settings.base_dir / "vocab"
+    for folder in (settings.vocab, usual, data):
+        if folder is not None and (folder == settings.vocab or (folder / "vocab.txt").exists()):
+            return Tokenizer.load(folder)
+    raise BertlingError(f"{usual / 'vocab.txt'}: missing; place the vocabulary there, or name it by --vocab")
+
+
+def fresh_model(settings: Settings, data: MaskedLMData) -> BertForMaskedLM:
+    """A model with fresh weights, drawn from the seed."""
+    config = preset_config(
+        settings.preset,
+        settings.size or "mini",
+        data.tokenizer.vocab_size,
+        max_position_embeddings=max(data.train[0].seq_len, settings.seq_len),
+        pad_token_id=data.tokenizer.pad_id,
+        hidden_size=settings.d_model,
+        num_hidden_layers=settings.n_layers,
+        num_attention_heads=settings.heads,
+        dropout=settings.dropout,
+    )
+    return BertForMaskedLM(config, torch.Generator().manual_seed(settings.seed))
+
+
+def introduce(
+    model: BertForMaskedLM,
+    task: MaskedLMTask,
+    data: MaskedLMData,
+    settings: Settings,
+    runtime: Runtime,
+    ranks: Ranks,
+    say: Say,
+) -> None:
+    """Say what is about to be trained, on what, and the floors that it has to leave."""
+    config, count = model.config, count_parameters(model)
+    rows = sum(samples.rows for samples in data.train)
+    steps = total_steps(settings, task)
+    for note in runtime.notes:
+        say(f"note: {note}")
+    say(
+        f"model: {config.architecture}, {config.num_hidden_layers} x {config.hidden_size}, "
+        f"{config.num_attention_heads} heads, {count.total:,} parameters ({count.without_embeddings:,} without "
+        "embeddings)"
+    )
+    say(
+        f"data: {rows:,} rows of {task.train.seq_len} to train on, {data.val.rows:,} to evaluate on, vocabulary of "
+        f"{data.tokenizer.vocab_size:,}" + (", masks as stored in the files" if data.train[0].labels else "")
+    )
+    length = f"{steps:,} steps" if steps else f"{settings.max_minutes:g} minutes"
+    say(
+        f"training: {length}, {settings.batch_size} rows a step"
+        + (f" ({steps / task.steps_per_epoch:.1f} epochs)" if steps else "")
+        + f", {settings.optimizer}; {runtime.describe()}"
+        + (f"; {ranks.world_size} processes" if ranks.world_size > 1 else "")
+    )
+    say(
+        f"floors on the validation set: accuracy {task.floors['floor/unigram']:.1%}, loss "
+        f"{task.floors['floor_loss/unigram']:.3f} (always the commonest token; unigram model)"
+    )

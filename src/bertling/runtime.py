@@ -1,0 +1,126 @@
+"""What the hardware is and how to use it: device, number format, threads, compilation, seeds."""
+
+import contextlib
+import os
+import shutil
+import sys
+import time
+from dataclasses import dataclass
+
+import torch
+
+from bertling.files import BertlingError
+from bertling.settings import Settings
+
+# Compiling takes about a minute: runs shorter than this are over before it has paid.
+COMPILE_PAYS_MINUTES = 10.0
+COMPILE_PAYS_STEPS = 2000
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Where and how the model computes."""
+
+    device: torch.device
+    dtype: torch.dtype
+    """Of the matrix products; weights, sums and losses stay in fp32."""
+    compile: bool
+    notes: tuple[str, ...] = ()
+    """What was chosen for the user, and why, one line each."""
+
+    def autocast(self) -> contextlib.AbstractContextManager[object]:
+        """The context in which the model computes in `dtype`."""
+        if self.dtype == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self.dtype)
+
+    def describe(self) -> str:
+        """One line for the log."""
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
+        form = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[self.dtype]
+        how = "compiled" if self.compile else "eager"
+        return f"{name}, {torch.get_num_threads()} threads, {form}, {how}"
+
+
+def build_runtime(settings: Settings, *, local_rank: int = 0, local_processes: int = 1) -> Runtime:
+    """Choose device, number format, threads and compilation, as asked or as the hardware has them."""
+    device = choose_device(settings.device, local_rank)
+    threads = settings.threads or max(1, available_cores() // local_processes)
+    torch.set_num_threads(threads)
+    torch.set_float32_matmul_precision("high")
+    notes = []
+    dtype = choose_dtype(settings.dtype, device)
+    if settings.dtype == "fp16" and device.type == "cpu":
+        raise BertlingError("dtype = fp16: a CPU trains in bf16 or fp32; choose one of these or auto")
+    wanted = settings.compile == "true" or (settings.compile == "auto" and compile_pays(settings))
+    if wanted and not can_compile():
+        notes.append("no C++ compiler was found, so the model runs uncompiled: the same results, slower steps")
+        wanted = False
+    return Runtime(device, dtype, wanted, tuple(notes))
+
+
+def available_cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def choose_device(wanted: str, local_rank: int = 0) -> torch.device:
+    """The device asked for, or the fastest kind at hand."""
+    has = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if wanted != "auto":
+        if not has[wanted]:
+            here = ", ".join(name for name, there in has.items() if there)
+            raise BertlingError(f"device = {wanted}: torch finds none here; it has {here}")
+    else:
+        wanted = "cuda" if has["cuda"] else "mps" if has["mps"] else "cpu"
+    if wanted != "cuda":
+        return torch.device(wanted)
+    if local_rank >= torch.cuda.device_count():
+        raise BertlingError(
+            f"nproc: process {local_rank} has no GPU of its own ({torch.cuda.device_count()} here); "
+            "lower nproc or use device = cpu"
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def choose_dtype(wanted: str, device: torch.device) -> torch.dtype:
+    """bf16 where the hardware multiplies it faster, else fp16 on a GPU, else fp32."""
+    if wanted != "auto":
+        return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[wanted]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    if device.type == "cpu" and matmul_seconds(torch.bfloat16) < 0.75 * matmul_seconds(torch.float32):
+        return torch.bfloat16
+    return torch.float32
+
+
+def matmul_seconds(dtype: torch.dtype, size: int = 512, repeats: int = 6) -> float:
+    """The fastest of a few square matrix products on the CPU, in seconds."""
+    a, b = torch.ones(size, size, dtype=dtype), torch.ones(size, size, dtype=dtype)
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        torch.mm(a, b)
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def compile_pays(settings: Settings) -> bool:
+    """Whether a run is planned to last long enough; a function of the settings alone, so that a resumed run agrees."""
+    if settings.max_minutes is not None:
+        return settings.max_minutes >= COMPILE_PAYS_MINUTES
+    return (settings.max_iters or 0) >= COMPILE_PAYS_STEPS and settings.task_type == "mlm"
+
+
+def can_compile() -> bool:
+    """Whether torch.compile finds the C++ compiler that it needs."""
+    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++", "c++", "cl"]
+    return sys.platform != "win32" and any(shutil.which(name) for name in names)
+
+
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """The seed of dropout in one step of one process, so that nothing random has to be remembered for a resume."""
+    mixed = (seed * 0x9E3779B1 + step * 0x85EBCA77 + rank * 0xC2B2AE3D) & 0xFFFFFFFF
+    mixed ^= mixed >> 15
+    return (mixed * 0x2C1B3C6D) & 0x7FFFFFFF

@@ -1,0 +1,129 @@
+"""Which text goes to which split: whole documents, dealt out in the proportions, so that none is in two splits."""
+
+import math
+from dataclasses import dataclass
+from hashlib import blake2b
+
+import numpy as np
+import numpy.typing as npt
+
+from bertling.corpus import Corpus
+from bertling.files import BertlingError
+from bertling.packed import Ids
+
+SPLITS = ("train", "val", "test")
+DEFAULT_SPLIT = (0.8, 0.1, 0.1)
+_ORDER = 11
+"""Keeps this random stream apart from others of the same seed."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """The text of one split."""
+
+    corpus: Corpus
+    spans: Ids
+    """[n, 2]: stretches of the corpus's ids in reading order: documents (method split) or rows (segment)."""
+    hashes: npt.NDArray[np.uint64]
+    """One for each document that it has text of."""
+
+    @property
+    def tokens(self) -> int:
+        """Ids of text."""
+        return int((self.spans[:, 1] - self.spans[:, 0]).sum())
+
+
+def shares_of(split: tuple[float, float, float] | None, has_val: bool, has_test: bool) -> dict[str, float]:
+    """Shares of `inputs` for each split that is cut from it; they add up to 1."""
+    given = {"val": has_val, "test": has_test}
+    if split is None:
+        split = (1.0, 0.0, 0.0) if has_val or has_test else DEFAULT_SPLIT
+    if len(split) != 3 or not all(math.isfinite(s) and s >= 0 for s in split) or abs(sum(split) - 1) > 1e-3:
+        raise BertlingError(f"split: must be three shares that add up to 1, such as 0.8,0.1,0.1, not {split}")
+    if split[0] <= 0:
+        raise BertlingError(f"split: the share of train must be above 0, not {split}")
+    shares = {name: s for name, s in zip(SPLITS, split, strict=True) if s > 0 and not given.get(name, False)}
+    return {name: share / sum(shares.values()) for name, share in shares.items()}
+
+
+def deal(corpus: Corpus, shares: dict[str, float], seed: int) -> tuple[dict[str, Part], list[str]]:
+    """Give whole documents to the splits in the proportions, in tokens; identical documents go together."""
+    starts, stops = corpus.documents[:-1], corpus.documents[1:]
+    filled = np.flatnonzero(stops > starts)
+    hashes = _document_hashes(corpus, filled)
+    groups = np.unique(hashes, return_inverse=True)[1]
+    if int(groups.max(initial=-1)) + 1 < len(shares):
+        return _blocks(corpus, shares, hashes), [
+            f"{len(filled)} document(s) are too few for {len(shares)} splits: cut into contiguous blocks"
+        ]
+    order = np.random.default_rng([seed, _ORDER]).permutation(len(filled))
+    split_of = _assign((stops - starts)[filled], groups, order, shares)
+    parts = {}
+    for index, name in enumerate(shares):
+        mine = order[split_of[order] == index]
+        mine = mine if name == "train" else np.sort(mine)
+        parts[name] = Part(corpus, _spans(corpus, filled[mine]), hashes[mine])
+    return parts, []
+
+
+def _assign(tokens: Ids, groups: Ids, order: Ids, shares: dict[str, float]) -> Ids:
+    """The split of each document: in the given order, a group goes where most tokens are still lacking."""
+    group_tokens = np.bincount(groups, weights=tokens)
+    lacking = [share * float(tokens.sum()) for share in shares.values()]
+    split_of_group = np.full(len(group_tokens), -1, dtype=np.int64)
+    for group in groups[order].tolist():
+        if split_of_group[group] < 0:
+            best = lacking.index(max(lacking))
+            split_of_group[group] = best
+            lacking[best] -= group_tokens[group]
+    for index in range(len(lacking)):
+        if not (split_of_group == index).any():
+            donor = int(np.bincount(split_of_group, minlength=len(lacking)).argmax())
+            candidates = np.flatnonzero(split_of_group == donor)
+            split_of_group[candidates[group_tokens[candidates].argmin()]] = index
+    return split_of_group[groups]
+
+
+def _blocks(corpus: Corpus, shares: dict[str, float], hashes: npt.NDArray[np.uint64]) -> dict[str, Part]:
+    """The text in contiguous blocks, where there are too few documents to deal out."""
+    ends = np.cumsum(list(shares.values()))
+    everything = _spans(corpus, np.arange(len(corpus.documents) - 1))
+    parts: dict[str, Part] = {}
+    if corpus.pieces is not None:
+        total = np.cumsum(everything[:, 1] - everything[:, 0])
+        cuts = [0, *np.searchsorted(total, ends[:-1] * total[-1]).tolist(), len(everything)]
+        for name, first, last in zip(shares, cuts, cuts[1:], strict=False):
+            parts[name] = Part(corpus, everything[first:last], hashes)
+        return parts
+    cuts = [0, *(ends[:-1] * len(corpus.ids)).round().astype(np.int64).tolist(), len(corpus.ids)]
+    for name, first, last in zip(shares, cuts, cuts[1:], strict=False):
+        parts[name] = Part(corpus, np.array([[first, last]], dtype=np.int64), hashes)
+    return parts
+
+
+def whole(corpus: Corpus) -> Part:
+    """A corpus as one split, in the order of its files."""
+    documents = np.flatnonzero(corpus.documents[1:] > corpus.documents[:-1])
+    return Part(corpus, _spans(corpus, documents), _document_hashes(corpus, documents))
+
+
+def _spans(corpus: Corpus, documents: Ids) -> Ids:
+    """[n, 2]: the documents one after the other, or the pieces of these documents if the corpus has pieces."""
+    firsts, lasts = corpus.documents[documents], corpus.documents[documents + 1]
+    if corpus.pieces is None:
+        return np.stack([firsts, lasts], axis=1)
+    # Pieces never cross documents, so a document's pieces are a run of offsets.
+    pieces = np.unique(corpus.pieces)
+    runs = zip(np.searchsorted(pieces, firsts).tolist(), np.searchsorted(pieces, lasts).tolist(), strict=True)
+    index = np.concatenate([np.arange(first, last) for first, last in runs] or [np.zeros(0, dtype=np.int64)])
+    return np.stack([pieces[index], pieces[index + 1]], axis=1)
+
+
+def _document_hashes(corpus: Corpus, documents: Ids) -> npt.NDArray[np.uint64]:
+    # A plain view: slicing a memmap object costs several times as much.
+    ids, offsets = np.asarray(corpus.ids), corpus.documents
+    digests = b"".join(
+        blake2b(ids[first:last].data, digest_size=8).digest()
+        for first, last in zip(offsets[documents].tolist(), offsets[documents + 1].tolist(), strict=True)
+    )
+    return np.frombuffer(digests, dtype=np.uint64)

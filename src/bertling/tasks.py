@@ -1,0 +1,204 @@
+"""What a model is trained for: masked language modelling or classification. Batch -> loss, metrics, illustration.
+
+Shapes: B batch, T tokens, M masked slots, V vocabulary, L classes.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bertling import batches, labelled
+from bertling.batches import Batch, MaskedBatches
+from bertling.distributed import Ranks
+from bertling.illustrate import Illustration, illustrate
+from bertling.labelled import LabelledBatches, LabelledTexts
+from bertling.runtime import Runtime
+from bertling.samples import Samples, unigram_floors
+from bertling.tokenizer import Tokenizer
+
+EVAL_BATCH = 64
+"""Rows in a forward pass of an evaluation; the figures do not depend on it."""
+
+
+class EvalMasks(NamedTuple):
+    """The masks of every evaluation, whatever those of the training: drawn once, and told with each figure."""
+
+    mlm_probability: float = 0.15
+    seed: int = 0
+
+
+EVAL_MASKS = EvalMasks()
+
+
+class Task(Protocol):
+    """What the training loop needs to know. Batches are pure functions of the step; losses are sums, not means."""
+
+    floors: dict[str, float]
+    steps_per_epoch: float
+
+    def micro_batches(self, step: int, *, rank: int, world_size: int, micro_batch_size: int) -> tuple[list[Batch], int]:
+        """This rank's micro-batches of the step, and the scored items of the whole global batch."""
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The summed loss over the batch's scored items."""
+
+    def evaluate(self, model: nn.Module, runtime: Runtime, ranks: Ranks) -> dict[str, float]:
+        """The figures on the whole validation set, eval/loss and eval/accuracy among them."""
+
+    def illustrate(self, model: nn.Module, runtime: Runtime, turn: int) -> Illustration | None:
+        """An example of the model's predictions, another one each turn, if the task has something to show."""
+
+
+class MaskedLMTask:
+    """Find the tokens behind the masks (Devlin et al. 2018)."""
+
+    def __init__(
+        self,
+        train: Sequence[Samples],
+        val: Samples,
+        tokenizer: Tokenizer,
+        *,
+        batch_size: int,
+        seed: int,
+        mlm_probability: float,
+    ) -> None:
+        self.train = MaskedBatches(
+            train, batch_size=batch_size, seed=seed, mlm_probability=mlm_probability, tokenizer=tokenizer
+        )
+        batches.check_samples([train[0], val], tokenizer) if train[0].labels == val.labels else None
+        self.val, self.tokenizer = val, tokenizer
+        self.steps_per_epoch = self.train.steps_per_epoch
+        self.floors = mlm_floors(train[0], val, tokenizer)
+
+    def micro_batches(self, step: int, *, rank: int, world_size: int, micro_batch_size: int) -> tuple[list[Batch], int]:
+        return self.train.micro_batches(step, rank=rank, world_size=world_size, micro_batch_size=micro_batch_size)
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        loss: Tensor = model(
+            batch.input_ids, batch.attention_mask, positions=batch.positions, labels=batch.labels
+        ).loss_sum
+        return loss
+
+    def evaluate(self, model: nn.Module, runtime: Runtime, ranks: Ranks) -> dict[str, float]:
+        return evaluate_masked_lm(model, self.val, self.tokenizer, runtime, ranks)
+
+    def illustrate(self, model: nn.Module, runtime: Runtime, turn: int) -> Illustration:
+        start = turn % max(1, self.val.rows // EVAL_BATCH)
+        examples = batches.evaluation_batches(
+            self.val,
+            self.tokenizer,
+            batch_size=1,
+            **EVAL_MASKS._asdict(),
+            rank=start * EVAL_BATCH,
+            world_size=self.val.rows,
+        )
+        batch = next(examples)
+        assert batch.positions is not None
+        with torch.inference_mode(), runtime.autocast():
+            on_device = batch.to(runtime.device)
+            logits: Tensor = model.forward(
+                on_device.input_ids, on_device.attention_mask, positions=on_device.positions
+            )  # [M, V]
+        used = batch.labels != -100
+        return illustrate(
+            self.tokenizer.tokens(batch.input_ids[0].tolist()),
+            batch.positions[used].tolist(),
+            self.tokenizer.tokens(logits.argmax(-1).cpu()[used].tolist()),
+            self.tokenizer.tokens(batch.labels[used].tolist()),
+        )
+
+
+def mlm_floors(train: Samples, scored: Samples, tokenizer: Tokenizer) -> dict[str, float]:
+    """What a model without context reaches on `scored`: the accuracy and cross-entropy of the unigram model."""
+    size = tokenizer.vocab_size
+    floors = unigram_floors(train.counts(size), scored.counts(size), tokenizer.special_ids)
+    return {"floor/unigram": floors.accuracy, "floor_loss/unigram": floors.cross_entropy}
+
+
+def evaluate_masked_lm(
+    model: nn.Module, samples: Samples, tokenizer: Tokenizer, runtime: Runtime, ranks: Ranks | None = None
+) -> dict[str, float]:
+    """Loss (nats per masked token) and accuracy over all masked places of the whole set, with frozen masks."""
+    ranks = ranks or Ranks()
+    model.eval()
+    totals = torch.zeros(3, dtype=torch.float64)
+    for batch in batches.evaluation_batches(
+        samples, tokenizer, batch_size=EVAL_BATCH, **EVAL_MASKS._asdict(), rank=ranks.rank, world_size=ranks.world_size
+    ):
+        on_device = batch.to(runtime.device)
+        with torch.inference_mode(), runtime.autocast():
+            # forward, not the call: an evaluation is over before compiling it would have paid.
+            output = model.forward(
+                on_device.input_ids, on_device.attention_mask, positions=on_device.positions, labels=on_device.labels
+            )
+        totals += torch.tensor([float(output.loss_sum), float(output.correct), batch.count], dtype=torch.float64)
+    model.train()
+    loss, correct, count = ranks.sum(totals.float().to(runtime.device)).tolist()
+    return {"eval/loss": loss / max(count, 1), "eval/accuracy": correct / max(count, 1), "eval/scored": count}
+
+
+class ClassificationTask:
+    """Tell the class of a text, from its [CLS] place."""
+
+    def __init__(
+        self,
+        train: LabelledTexts,
+        dev: LabelledTexts,
+        tokenizer: Tokenizer,
+        *,
+        batch_size: int,
+        seq_len: int,
+        seed: int,
+        floors: dict[str, float],
+    ) -> None:
+        self.train = LabelledBatches(train, tokenizer, batch_size=batch_size, seq_len=seq_len, seed=seed)
+        self.steps_per_epoch = float(self.train.steps_per_epoch)
+        self.dev, self.tokenizer, self.seq_len = dev, tokenizer, seq_len
+        self.num_labels = train.num_labels
+        self.floors = floors
+
+    def micro_batches(self, step: int, *, rank: int, world_size: int, micro_batch_size: int) -> tuple[list[Batch], int]:
+        return self.train.micro_batches(step, rank=rank, world_size=world_size, micro_batch_size=micro_batch_size)
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        logits: Tensor = model(batch.input_ids, batch.attention_mask)  # [B, L]
+        return F.cross_entropy(logits.float(), batch.labels, ignore_index=-100, reduction="sum")
+
+    def evaluate(self, model: nn.Module, runtime: Runtime, ranks: Ranks) -> dict[str, float]:
+        # The dev sets of classification are small: every process scores all of it, and nothing has to be exchanged.
+        scores = evaluate_classifier(model, self.dev, self.tokenizer, runtime, seq_len=self.seq_len)
+        return {"eval/loss": scores["loss"], "eval/accuracy": scores["accuracy"], "eval/macro_f1": scores["macro_f1"]}
+
+    def illustrate(self, model: nn.Module, runtime: Runtime, turn: int) -> None:
+        return None
+
+
+def classification_floors(train: LabelledTexts, dev: LabelledTexts) -> dict[str, float]:
+    """What is reached without a neural network: the commonest class, and a logistic regression on words."""
+    return {
+        "floor/majority": labelled.majority_floor(train, dev),
+        "floor/bag_of_words": labelled.bag_of_words_floor(train, dev),
+    }
+
+
+def evaluate_classifier(
+    model: nn.Module, dev: LabelledTexts, tokenizer: Tokenizer, runtime: Runtime, *, seq_len: int
+) -> dict[str, Any]:
+    """Loss, accuracy, macro_f1 and confusion[true][predicted] over the whole set."""
+    truth = labelled.labels_of(dev)
+    predictions = np.zeros_like(truth)
+    loss = 0.0
+    model.eval()
+    for places, batch in labelled.evaluation_batches(dev, tokenizer, batch_size=EVAL_BATCH, seq_len=seq_len):
+        on_device = batch.to(runtime.device)
+        with torch.inference_mode(), runtime.autocast():
+            logits: Tensor = model.forward(on_device.input_ids, on_device.attention_mask)
+        loss += float(F.cross_entropy(logits.float(), on_device.labels, reduction="sum"))
+        predictions[places] = logits.argmax(-1).cpu().numpy()
+    model.train()
+    num_labels = max(dev.num_labels, int(predictions.max()) + 1)
+    return {"loss": loss / len(truth), **labelled.classification_scores(truth, predictions, num_labels)}

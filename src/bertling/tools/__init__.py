@@ -1,0 +1,1 @@
+"""Tools beside the way of the data: looking into files, timing, checking."""

@@ -1,0 +1,83 @@
+"""Scores of a checkpoint on a whole data set, beside the floors."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bertling.checkpoint import Loaded, load_checkpoint
+from bertling.files import BertlingError
+from bertling.labelled import LabelledTexts, check_agree, labels_of, load_labelled
+from bertling.model import BertForMaskedLM
+from bertling.runtime import Runtime, build_runtime
+from bertling.samples import open_samples
+from bertling.settings import parse_settings
+from bertling.tasks import EVAL_MASKS, evaluate_classifier, evaluate_masked_lm, mlm_floors
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Figures with the protocol that they were taken by."""
+
+    protocol: str
+    figures: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For --json."""
+        return {"protocol": self.protocol, **self.figures}
+
+    def text(self) -> str:
+        """A line a figure."""
+        rows = [*self.figures.items(), ("protocol", self.protocol)]
+        return "\n".join(
+            f"{name}: {value:.4f}" if isinstance(value, float) else f"{name}: {value}" for name, value in rows
+        )
+
+
+def evaluate(
+    cp: Path, data: Path, *, text_column: str | None = None, label_column: str | None = None, device: str = "auto"
+) -> Evaluation:
+    """Score a masked language model on a prepared data set, or a classifier on a labelled file."""
+    loaded = load_checkpoint(cp)
+    runtime = build_runtime(parse_settings({"device": device}))
+    loaded.model.to(runtime.device)
+    if isinstance(loaded.model, BertForMaskedLM):
+        return score_masked_lm(loaded, data, runtime)
+    return score_classifier(loaded, load_labelled(data, text_column=text_column, label_column=label_column), runtime)
+
+
+def score_masked_lm(loaded: Loaded, data: Path, runtime: Runtime) -> Evaluation:
+    """Loss and accuracy with frozen masks; the floors come from the counts of the same data."""
+    samples = open_samples(data)
+    figures = evaluate_masked_lm(loaded.model, samples, loaded.tokenizer, runtime)
+    floors = mlm_floors(samples, samples, loaded.tokenizer)
+    masks = (
+        "masks as stored in the file"
+        if samples.labels
+        else f"{EVAL_MASKS.mlm_probability:.0%} of the ordinary tokens masked, 80/10/10, seed {EVAL_MASKS.seed}"
+    )
+    return Evaluation(
+        f"{data.name}, all {samples.rows:,} rows of {samples.seq_len}; {masks}; vocabulary of "
+        f"{loaded.tokenizer.vocab_size:,}; floors of the unigram model from the counts of this data",
+        {
+            "accuracy": figures["eval/accuracy"],
+            "loss": figures["eval/loss"],
+            "scored": int(figures["eval/scored"]),
+            "unigram accuracy": floors["floor/unigram"],
+            "unigram loss": floors["floor_loss/unigram"],
+        },
+    )
+
+
+def score_classifier(loaded: Loaded, texts: LabelledTexts, runtime: Runtime) -> Evaluation:
+    """Accuracy, macro-F1 and the confusion matrix, beside the share of the commonest class in this file."""
+    config = loaded.model.config
+    if texts.names is not None:
+        texts = check_agree(LabelledTexts(loaded.folder, [], None, config.labels), texts)
+    labels = labels_of(texts)
+    if int(labels.max()) >= config.num_labels:
+        raise BertlingError(
+            f"{texts.path}: label {int(labels.max())}: the model knows {config.num_labels} classes; use data of its task"
+        )
+    scores = evaluate_classifier(loaded.model, texts, loaded.tokenizer, runtime, seq_len=config.max_position_embeddings)
+    majority = max(sum(row) for row in scores["confusion"]) / len(labels)
+    return Evaluation(f"{texts.path.name}, all {len(labels):,} texts", {**scores, "majority class": majority})

@@ -1,0 +1,99 @@
+"""Positions against their definitions; the fast attention against the plain one, values and gradients."""
+
+import math
+
+import pytest
+import torch
+
+from bertling.attention import (
+    SelfAttention,
+    attention,
+    padding_mask,
+    reference_attention,
+    rotary_angles,
+    rotate,
+    sinusoidal_positions,
+)
+
+CPU = torch.device("cpu")
+
+
+def test_sinusoidal_positions_follow_the_paper() -> None:
+    table = sinusoidal_positions(7, 10, CPU)
+    for position in range(7):
+        for i in range(5):
+            angle = position / 10_000 ** (2 * i / 10)
+            assert table[position, 2 * i].item() == pytest.approx(math.sin(angle), abs=1e-6)
+            assert table[position, 2 * i + 1].item() == pytest.approx(math.cos(angle), abs=1e-6)
+
+
+def test_rotation_keeps_lengths_and_makes_scores_depend_on_distance_only() -> None:
+    torch.manual_seed(0)
+    q, k = torch.randn(2, 1, 1, 1, 8).expand(2, 1, 1, 12, 8)  # the same vector at each of 12 places
+    angles = rotary_angles(12, 8, 10_000.0, CPU)
+    turned_q, turned_k = rotate(q, *angles), rotate(k, *angles)
+    assert torch.allclose(turned_q.norm(dim=-1), q.norm(dim=-1), atol=1e-5)
+    scores = (turned_q @ turned_k.transpose(-2, -1))[0, 0]
+    for distance in range(-11, 12):
+        diagonal = scores.diagonal(distance)
+        assert torch.allclose(diagonal, diagonal[0].expand_as(diagonal), atol=1e-4)
+    assert not torch.allclose(scores[0, 0], scores[0, 5], atol=1e-2)
+
+
+def test_rotation_keeps_the_dtype() -> None:
+    q = torch.randn(1, 1, 4, 8, dtype=torch.bfloat16)
+    assert rotate(q, *rotary_angles(4, 8, 10_000.0, CPU)).dtype is torch.bfloat16
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_fast_and_plain_attention_agree(padded: bool) -> None:
+    torch.manual_seed(0)
+    inputs = torch.randn(3, 4, 2, 9, 8)  # q, k, v of 4 rows, 2 heads, 9 tokens
+    mask = None
+    if padded:
+        lengths = torch.tensor([9, 5, 1, 0])  # the last row is padding alone
+        mask = padding_mask(torch.arange(9) < lengths[:, None])
+    results = []
+    for function in (attention, reference_attention):
+        q, k, v = leaves = [x.clone().requires_grad_() for x in inputs]
+        output = function(q, k, v, mask)
+        output.square().sum().backward()
+        results.append([output, *(leaf.grad for leaf in leaves)])
+    for fast, plain in zip(*results, strict=True):
+        assert torch.isfinite(fast).all()
+        assert torch.isfinite(plain).all()
+        assert torch.allclose(fast, plain, atol=2e-5)
+
+
+def test_keys_behind_the_mask_change_nothing() -> None:
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 1, 2, 6, 8)
+    mask = padding_mask(torch.tensor([[1, 1, 1, 1, 0, 0]]))
+    before = attention(q, k, v, mask)
+    k[:, :, 4:], v[:, :, 4:] = 99.0, -99.0
+    assert torch.equal(before, attention(q, k, v, mask))
+
+
+def test_padding_mask_takes_integers_and_booleans() -> None:
+    integers = torch.tensor([[1, 0], [0, 0]])
+    expected = torch.tensor([[[[True, False]]], [[[True, True]]]])
+    assert torch.equal(padding_mask(integers), expected)
+    assert torch.equal(padding_mask(integers.bool()), expected)
+
+
+def test_dropout_follows_its_setting_and_the_mode() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 5, 16)
+    for dropout, differs in ((0.0, False), (0.5, True)):
+        module = SelfAttention(16, 2, bias=True, dropout=dropout)
+        assert torch.equal(module(x, None, None), module(x, None, None)) is not differs
+        module.eval()
+        assert torch.equal(module(x, None, None), module(x, None, None))
+
+
+def test_dropout_of_the_plain_attention_keeps_the_mean() -> None:
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 1, 1, 4, 8)
+    runs = torch.stack([reference_attention(q, k, v, None, 0.3) for _ in range(2000)])
+    assert torch.allclose(runs.mean(dim=0), reference_attention(q, k, v, None), atol=0.1)
+    assert not torch.equal(runs[0], runs[1])
