@@ -161,7 +161,7 @@ def test_fresh_weights_have_the_right_spread(name: str) -> None:
             assert not parameter.any()
         else:
             assert parameter.abs().max() <= 0.2
-            assert parameter.std() == pytest.approx(0.088, rel=0.2)  # a normal cut at two deviations
+            assert parameter.std().item() == pytest.approx(0.088, rel=0.2)  # a normal cut at two deviations
 
 
 def test_a_fresh_modern_block_is_the_identity() -> None:

@@ -10,6 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+SHORT = 512
+"""Tokens up to which the weights [T, T] are no burden for a CPU's memory."""
+
+
 def sinusoidal_positions(length: int, hidden_size: int, device: torch.device) -> Tensor:
     """The fixed position vectors of Vaswani et al. 2017, section 3.5: sines in even, cosines in odd columns. [T, D]"""
     frequencies = inverse_frequencies(hidden_size, 10_000.0, device)
@@ -52,10 +56,13 @@ def padding_mask(attention_mask: Tensor) -> Tensor:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor | None, dropout_p: float = 0.0) -> Tensor:
-    """Mix the values [B, H, T, K] by how well each query fits each key; the fast path, in torch's fused kernels.
+    """Mix the values [B, H, T, K] by how well each query fits each key; the fast path.
 
     `attention_mask` is what `padding_mask` gives, or None where nothing is padded (which lets faster kernels in).
     """
+    if q.device.type == "cpu" and q.shape[-2] <= SHORT:
+        # torch's fused CPU kernel saves memory, not time: on short rows plain products are faster (experiments.md).
+        return reference_attention(q, k, v, attention_mask, dropout_p)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=attention_mask, dropout_p=dropout_p)
 
 
@@ -66,7 +73,9 @@ def reference_attention(
     scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])  # [B, H, T, K] @ [B, H, K, T] -> [B, H, T, T]
     if attention_mask is not None:
         scores = scores.masked_fill(~attention_mask, float("-inf"))
-    weights = F.dropout(scores.softmax(dim=-1), dropout_p)
+    weights = scores.softmax(dim=-1)
+    if dropout_p > 0:
+        weights = F.dropout(weights, dropout_p)
     return weights @ v  # [B, H, T, T] @ [B, H, T, K] -> [B, H, T, K]
 
 

@@ -109,6 +109,8 @@ def build_corpus(
         raise BertlingError("input: no text file is given; name at least one")
     if (method == "segment") != (seq_len is not None):
         raise ValueError("seq_len belongs to method 'segment' and is needed there")
+    if seq_len is not None and seq_len < 3:
+        raise BertlingError(f"seq_len: must be at least 3, not {seq_len}")
     segment = (seq_len - 2) * _CHARACTERS_PER_TOKEN if seq_len is not None else 0
     options = options or TextOptions()
     identity = {

@@ -1,5 +1,6 @@
 """Show predictions for masked tokens in the running text, and the original text under it, plain and in colour."""
 
+import io
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -55,10 +56,9 @@ def illustrate(
 
 def to_svg(illustration: Illustration, path: Path, *, width: int = 100) -> None:
     """Write the coloured form as an SVG picture of a terminal, `width` columns wide."""
-    with Path("/dev/null").open("w") as nowhere:
-        console = Console(record=True, width=width, file=nowhere, force_terminal=True, color_system="truecolor")
-        console.print(illustration.colour)
-        svg = console.export_svg(title=f"{illustration.correct} out of {illustration.total}", unique_id="bertling")
+    console = Console(record=True, width=width, file=io.StringIO(), force_terminal=True, color_system="truecolor")
+    console.print(illustration.colour)
+    svg = console.export_svg(title=f"{illustration.correct} out of {illustration.total}", unique_id="bertling")
     # rich refers to fonts on the network: a picture must not fetch anything, and any monospaced font will do.
     svg = re.sub(r"@font-face \{.*?\}\s*", "", svg, flags=re.DOTALL)
     atomic_write(path, svg.replace("Fira Code, monospace", "ui-monospace, Menlo, Consolas, monospace"))

@@ -282,7 +282,8 @@ def match(
 
 def some(names: list[str]) -> str:
     """A few of many, for one line."""
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    shown = ", ".join(f"{' '.join(name.split()):.120}" for name in names[:3])
+    return shown + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def describe(tensor: Tensor) -> str:

@@ -1,6 +1,5 @@
 """Pictures of a run, drawn from its metrics: accuracy and loss against steps, with their floors."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,7 +107,7 @@ def _draw(
     from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
     figure = Figure(figsize=(8, 4.8), dpi=150)
-    axes = figure.add_axes((0.085, 0.12, 0.70, 0.72))
+    axes = figure.add_axes((0.085, 0.12, 0.68, 0.72))
     figure.text(0.085, 0.93, title[0], fontsize=15, fontweight="bold", color=INK)
     figure.text(0.085, 0.875, f"{what} by step" + (f": {title[1]}" if title[1] else ""), fontsize=11, color=GREY)
     labels = []
@@ -142,8 +141,9 @@ def _draw(
 
 def _limits(least: float, most: float, *, from_zero: bool) -> tuple[float, float]:
     """Ends of the value axis with some air, also where all values are equal."""
-    margin = 0.06 * (most - least) or 0.05 * abs(most) or 1.0
-    return (0.0 if from_zero else least - margin), most + margin
+    bottom = 0.0 if from_zero else least
+    margin = 0.06 * (most - bottom) or 0.05 * abs(most) or 1.0
+    return bottom if from_zero else bottom - margin, most + margin
 
 
 def _label(axes: "Axes", labels: Sequence[tuple[float, str, str]], low: float, high: float) -> None:
@@ -154,10 +154,9 @@ def _label(axes: "Axes", labels: Sequence[tuple[float, str, str]], low: float, h
     for value, _, _ in ordered:
         wanted = (value - low) / (high - low)
         places.append(max(wanted, places[-1] + height) if places else max(wanted, 0.0))
-    overflow = max(places[-1] - 1.0, 0.0) if places else 0.0
-    ceiling = math.inf
+    ceiling = 1.0
     for index in reversed(range(len(places))):  # push down again what was pushed over the top
-        places[index] = min(places[index], ceiling, 1.0 if overflow else math.inf)
+        places[index] = min(places[index], ceiling)
         ceiling = places[index] - height
     for (_, text, colour), place in zip(ordered, places, strict=True):
         axes.text(1.015, place, text, transform=axes.transAxes, color=colour, fontsize=11, va="center")

@@ -30,7 +30,7 @@ class RunLog:
     """The `logs/` of one run folder. With `enabled=False` (every rank but the first) each call does nothing.
 
     `start_step` is the last step that a resumed run had finished: what a killed run wrote of later steps is cut off.
-    `start_seconds` is the training time until then; by default that of the last entry kept in metrics.jsonl.
+    `start_seconds` is the training time until then.
     Nothing is written to standard output. Raises BertlingError where a file cannot be written, where metrics.jsonl is
     damaged, and where `wandb` is asked for but not installed.
     """
@@ -42,7 +42,7 @@ class RunLog:
         total_steps: int | None,
         total_minutes: float | None,
         start_step: int = 0,
-        start_seconds: float | None = None,
+        start_seconds: float = 0.0,
         wandb: bool = False,
         run_name: str,
         settings: Mapping[str, Any],
@@ -59,13 +59,10 @@ class RunLog:
         plain_settings = json.loads(json.dumps(dict(settings), default=str))
         self._wandb = _start_wandb(folder, run_name, plain_settings) if wandb else None
         write_json(self._logs / "run.json", {"name": run_name, "settings": plain_settings})
-        kept = _cut_metrics(self._logs / "metrics.jsonl", start_step)
+        _cut_metrics(self._logs / "metrics.jsonl", start_step)
         _cut_log(self._logs / "log.txt", start_step)
         self._events = _EventFile(self._logs, first_step=start_step + 1)
-        self._step = start_step
-        if start_seconds is None:
-            start_seconds = float(kept[-1]["time"]) if kept else 0.0
-        self._seconds = start_seconds
+        self._step, self._seconds = start_step, start_seconds
         self._recent = deque([(start_step, start_seconds)], maxlen=SPEED_WINDOW)
         self._interval_tokens, self._interval_seconds = 0, 0.0
         self._tokens_per_second: float | None = None
@@ -288,17 +285,16 @@ def _parse_metrics(path: Path, raw: bytes) -> list[dict[str, Any]]:
     return entries
 
 
-def _cut_metrics(path: Path, start_step: int) -> list[dict[str, Any]]:
-    """Drop what follows `start_step`, and return what is kept."""
+def _cut_metrics(path: Path, start_step: int) -> None:
+    """Drop the entries of steps after `start_step`, and a torn last line."""
     if not path.exists():
-        return []
+        return
     with readable_errors(path):
         raw = path.read_bytes()
     kept = [entry for entry in _parse_metrics(path, raw) if entry["step"] <= start_step]
     text = "".join(json.dumps(entry) + "\n" for entry in kept).encode()
     if text != raw:
         atomic_write(path, text)
-    return kept
 
 
 def _cut_log(path: Path, start_step: int) -> None:

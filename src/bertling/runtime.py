@@ -52,7 +52,7 @@ def build_runtime(settings: Settings, *, local_rank: int = 0, local_processes: i
     dtype = choose_dtype(settings.dtype, device)
     if settings.dtype == "fp16" and device.type == "cpu":
         raise BertlingError("dtype = fp16: a CPU trains in bf16 or fp32; choose one of these or auto")
-    wanted = settings.compile == "true" or (settings.compile == "auto" and compile_pays(settings))
+    wanted = settings.compile == "true" or (settings.compile == "auto" and compile_pays(settings, device))
     if wanted and not can_compile():
         notes.append("no C++ compiler was found, so the model runs uncompiled: the same results, slower steps")
         wanted = False
@@ -106,8 +106,13 @@ def matmul_seconds(dtype: torch.dtype, size: int = 512, repeats: int = 6) -> flo
     return min(times)
 
 
-def compile_pays(settings: Settings) -> bool:
-    """Whether a run is planned to last long enough; a function of the settings alone, so that a resumed run agrees."""
+def compile_pays(settings: Settings, device: torch.device) -> bool:
+    """Whether a run is planned to last long enough: not by its speed so far, so that a resumed run decides alike.
+
+    On a CPU compiling gained nothing where we measured it (docs/experiments.md), so there it is done on request.
+    """
+    if device.type != "cuda":
+        return False
     if settings.max_minutes is not None:
         return settings.max_minutes >= COMPILE_PAYS_MINUTES
     return (settings.max_iters or 0) >= COMPILE_PAYS_STEPS and settings.task_type == "mlm"

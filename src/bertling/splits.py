@@ -86,19 +86,18 @@ def _assign(tokens: Ids, groups: Ids, order: Ids, shares: dict[str, float]) -> I
 
 def _blocks(corpus: Corpus, shares: dict[str, float], hashes: npt.NDArray[np.uint64]) -> dict[str, Part]:
     """The text in contiguous blocks, where there are too few documents to deal out."""
-    ends = np.cumsum(list(shares.values()))
-    everything = _spans(corpus, np.arange(len(corpus.documents) - 1))
-    parts: dict[str, Part] = {}
-    if corpus.pieces is not None:
-        total = np.cumsum(everything[:, 1] - everything[:, 0])
-        cuts = [0, *np.searchsorted(total, ends[:-1] * total[-1]).tolist(), len(everything)]
-        for name, first, last in zip(shares, cuts, cuts[1:], strict=False):
-            parts[name] = Part(corpus, everything[first:last], hashes)
-        return parts
-    cuts = [0, *(ends[:-1] * len(corpus.ids)).round().astype(np.int64).tolist(), len(corpus.ids)]
-    for name, first, last in zip(shares, cuts, cuts[1:], strict=False):
-        parts[name] = Part(corpus, np.array([[first, last]], dtype=np.int64), hashes)
-    return parts
+    pieces = corpus.pieces is not None
+    units = _spans(corpus, np.arange(len(corpus.documents) - 1))
+    number = len(units) if pieces else len(corpus.ids)
+    wanted = (np.cumsum(list(shares.values())) * len(corpus.ids)).round().astype(np.int64)
+    wanted = np.searchsorted(units[:, 0], wanted) if pieces else wanted
+    # Each split gets something as long as there is enough, train first.
+    least = np.minimum(np.arange(1, len(shares) + 1), number)
+    ends = wanted.clip(least, np.maximum(least, number - np.arange(len(shares))[::-1])).tolist()
+    return {
+        name: Part(corpus, units[first:last] if pieces else np.array([[first, last]], dtype=np.int64), hashes)
+        for name, first, last in zip(shares, [0, *ends], ends, strict=False)
+    }
 
 
 def whole(corpus: Corpus) -> Part:

@@ -18,7 +18,7 @@ SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 _PREFIX = "##"
 _COVERAGE = 0.9999  # share of the characters that the alphabet must hold; the rest becomes [UNK]
 _LEAST_COVERAGE = 0.99
-_ALPHABET_SHARE = 4  # at most one entry in so many is a single character
+_ALPHABET_SHARE = 4  # at most one entry in so many is spent on a rarer character
 
 
 class Tokenizer:
@@ -197,20 +197,15 @@ def train_vocabulary(lines: Iterable[str], size: int, *, lowercase: bool = True,
     """
     if iter(lines) is lines:
         raise TypeError("lines are read twice: give a list or text.Lines, not an iterator")
-    normalizer = normalizers.BertNormalizer(lowercase=lowercase)
-    splitter = pre_tokenizers.BertPreTokenizer()
-    alphabet = _alphabet(lines, size, normalizer)
-    inside = [char for char in alphabet if len(splitter.pre_tokenize_str(f"a{char}a")) == 1]
-    # The library numbers the "##" characters in the order of a randomly seeded hash map and breaks ties between pairs
-    # by these numbers. Named up front, in order, they make the result a function of the text.
-    first = [*SPECIAL_TOKENS, *alphabet, *(_PREFIX + char for char in inside)]
-    if len(first) > size:
-        raise BertlingError(f"size: {size} is too small for this text's alphabet; give at least {len(first)}")
+    normalizer, splitter = normalizers.BertNormalizer(lowercase=lowercase), pre_tokenizers.BertPreTokenizer()
+    alphabet = _alphabet(_count_characters(lines, normalizer), size)
     trainer = trainers.WordPieceTrainer(
         vocab_size=size,
         min_frequency=min_frequency,
         show_progress=False,
-        special_tokens=first,
+        # The library numbers the "##" characters in the order of a randomly seeded hash map and breaks ties between
+        # pairs by these numbers. Named up front, in order, they make the result a function of the text.
+        special_tokens=[*SPECIAL_TOKENS, *alphabet, *(_PREFIX + char for char in alphabet if _inside_words(char))],
         initial_alphabet=alphabet,
         limit_alphabet=len(alphabet),
     )
@@ -226,31 +221,40 @@ def train_vocabulary(lines: Iterable[str], size: int, *, lowercase: bool = True,
     return Tokenizer(sorted(ids, key=ids.__getitem__), lowercase=lowercase)
 
 
-def _alphabet(lines: Iterable[str], size: int, normalizer: normalizers.Normalizer) -> list[str]:
-    """The characters to spend entries on, in code order: rare ones are left out, ties go to the lower code."""
+def _count_characters(lines: Iterable[str], normalizer: normalizers.Normalizer) -> dict[str, int]:
     raw = np.zeros(0x110000, dtype=np.int64)
     for line in lines:
-        codes = np.frombuffer(line.encode("utf-32-le", errors="replace"), dtype=np.uint32)
-        values, counts = np.unique(codes, return_counts=True)
-        raw[values] += counts
+        np.add.at(raw, np.frombuffer(line.encode("utf-32-le", errors="replace"), dtype=np.uint32), 1)
     counted: dict[str, int] = {}
     for code in np.flatnonzero(raw):
         for char in normalizer.normalize_str(chr(code)):
             if not char.isspace():
                 counted[char] = counted.get(char, 0) + int(raw[code])
+    return counted
+
+
+def _alphabet(counted: dict[str, int], size: int) -> list[str]:
+    """The characters to spend entries on, in code order: rare ones are left out, of equals the later ones."""
     if not counted:
         raise BertlingError("vocabulary: there is no text to make it from; give files with text in them")
     ranked = sorted(counted, key=lambda char: (-counted[char], char))
-    shares = np.cumsum([counted[char] for char in ranked]) / sum(counted.values())
-    wanted = int(np.searchsorted(shares, _COVERAGE)) + 1
-    kept = min(wanted, len(ranked), size // _ALPHABET_SHARE)
-    if kept == 0 or shares[kept - 1] < _LEAST_COVERAGE:
-        least = _ALPHABET_SHARE * (int(np.searchsorted(shares, _LEAST_COVERAGE)) + 1)
+    covered = np.cumsum([counted[char] for char in ranked]) / sum(counted.values())
+    entries = len(SPECIAL_TOKENS) + np.cumsum([1 + _inside_words(char) for char in ranked])
+    wanted, least = (
+        min(int(np.searchsorted(covered, share)) + 1, len(ranked)) for share in (_COVERAGE, _LEAST_COVERAGE)
+    )
+    if entries[least - 1] > size:
         raise BertlingError(
-            f"size: {size} is too small for the {len(counted)} different characters of this text;"
-            f" give at least {max(least, 2 * len(SPECIAL_TOKENS))}"
+            f"size: {size} is too small for the {len(ranked)} different characters of this text;"
+            f" give at least {entries[least - 1]}"
         )
-    return sorted(ranked[:kept])
+    fitting = int(np.searchsorted(entries, size, side="right"))
+    return sorted(ranked[: min(wanted, fitting, max(least, size // _ALPHABET_SHARE))])
+
+
+def _inside_words(char: str) -> bool:
+    """Whether a word can hold the character behind another one, so that its "##" form is needed."""
+    return len(pre_tokenizers.BertPreTokenizer().pre_tokenize_str(f"a{char}a")) == 1
 
 
 class FastEncoder:

@@ -43,7 +43,7 @@ MAX_FILE_BYTES = 2_000_000
 DOCSTRING_SHARE = 0.25
 MINIMUM_PARAGRAPH_LETTERS = 45
 
-TRIPLE_QUOTED = re.compile(r'"""[^"]{60,}"')
+TRIPLE_QUOTED = re.compile(r'"""(.*?)"""', re.DOTALL)
 CODE_LINE = (">>>", "...", "In [", "Out[", "$ ", "% ", "# ")
 UNDERLINE = re.compile(r"([-=~^\"*#+.`_])\1{2,}")
 TABLE = re.compile(r"\|.*\||\S {3,}\S.* {3,}\S|={4,}|-{4,}|\+-")
@@ -90,7 +90,7 @@ def collect_english(limit_bytes: int) -> list[str]:
             if item is not None and document and size + len(document) <= limit_bytes:
                 size += len(document)
                 found.append((rank, item[0], document))
-        if size > limit_bytes * 0.99:
+        if size >= limit_bytes * 0.99:
             break
     if size < min(MINIMUM_BYTES, limit_bytes // 2):
         raise BertlingError(
