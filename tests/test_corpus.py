@@ -1,5 +1,6 @@
 """Text to ids: equal for any number of workers, cached, nothing half-written, duplicates counted and dropped."""
 
+import errno
 import hashlib
 import json
 import os
@@ -216,6 +217,18 @@ def test_a_failure_leaves_nothing_behind(
     with pytest.raises(BertlingError, match=message) as caught:
         build_corpus([source], tokenizer, tmp_path / "cache", workers=workers)
     assert str(source) in str(caught.value)
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_a_full_disk_is_one_clear_line_and_leaves_nothing_behind(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: object) -> bytes:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(corpus_module, "_int64", fail)
+    with pytest.raises(BertlingError, match="the disk is full: free some space"):
+        build_corpus([TINY], tokenizer, tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == []
 
 

@@ -196,12 +196,15 @@ def _pieces(stretches: Iterable[tuple[bool, str]]) -> Iterator[tuple[str, bool]]
                 yield held, True
             held, begun = "", False
         held += text
-        while len(held) > MAX_PIECE:
-            cut = held.rfind("\n", 0, MAX_PIECE) + 1 or held.rfind(" ", 0, MAX_PIECE) + 1 or MAX_PIECE
-            if begun or held[:cut].strip():
-                yield held[:cut], False
-                begun = True
-            held = held[cut:]
+        done = 0
+        while len(held) - done > MAX_PIECE:
+            end = done + MAX_PIECE
+            cut = held.rfind("\n", done, end) + 1 or held.rfind(" ", done, end) + 1 or end
+            begun = begun or bool(held[done:cut].strip())
+            if begun:
+                yield held[done:cut], False
+            done = cut
+        held = held[done:]
     if begun or held.strip():
         yield held, True
 

@@ -98,6 +98,7 @@ class Trainer:
         self.task, self.model, self.tokenizer, self.settings = task, model, tokenizer, settings
         self.runtime, self.ranks, self.run = runtime, ranks, run
         self.total_steps = total_steps(settings, task)
+        model.to(runtime.device)  # before the optimizers, whose state lies where the weights lie
         self.optimizers = build_optimizers(model, settings, runtime.device)
         self.schedule = build_schedule(settings, self.total_steps)
         self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype == torch.float16)
@@ -114,7 +115,7 @@ class Trainer:
 
     def train(self) -> Outcome:
         """Train to the end of the budget, or until a signal asks to stop; both leave a checkpoint behind."""
-        self.model.to(self.runtime.device).train()
+        self.model.train()
         if self.runtime.compile:
             self.model.compile(dynamic=False)
         with stop_requests() as stop, self.open_log() as log:
