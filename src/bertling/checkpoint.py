@@ -112,10 +112,11 @@ def verify(folder: Path) -> None:
 def point(link: Path, folder: Path) -> None:
     """Make a relative link, or swing an existing one over, in one step."""
     temporary = link.with_name(f".{link.name}.{os.getpid()}.tmp")
-    temporary.unlink(missing_ok=True)
-    temporary.symlink_to(folder.name)
-    os.replace(temporary, link)
-    fsync_path(link.parent)
+    with readable_errors(link):
+        temporary.unlink(missing_ok=True)
+        temporary.symlink_to(folder.name)
+        os.replace(temporary, link)
+        fsync_path(link.parent)
 
 
 def step_folders(checkpoints: Path) -> list[Path]:

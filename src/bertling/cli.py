@@ -1,20 +1,34 @@
 """The `bertling` command: parsing and wiring only. Heavy modules are imported by the command that needs them."""
 
+import contextlib
 import dataclasses
 import json
+import os
+import signal
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 
-from bertling.files import BertlingError
-from bertling.settings import Settings, accepted, default_files, key_of, parse_value
+from bertling.files import BertlingError, readable_errors
+from bertling.options import (
+    PATH,
+    GroupedCommand,
+    ask_options,
+    concerns,
+    device_option,
+    force_option,
+    json_option,
+    start_options,
+    text_input_options,
+    training_options,
+)
+from bertling.settings import Settings, as_text, default_files, key_of
 
 STOPPED = 3
 """Exit status of a training that was asked to stop, and saved."""
-F = TypeVar("F", bound=Callable[..., Any])
 
 
 def say(text: str) -> None:
@@ -27,59 +41,6 @@ def answer(value: Any, text: str, as_json: bool) -> None:
     click.echo(json.dumps(value, ensure_ascii=False) if as_json else text)
 
 
-def training_options(command: str) -> Callable[[F], F]:
-    """One flag for each setting that the command knows; given flags arrive in `flags`, others are absent."""
-
-    def decorate(function: F) -> F:
-        for item in reversed(dataclasses.fields(Settings)):
-            only = item.metadata["only"]
-            if item.name != "task_type" and only in (None, command):
-                function = setting_option(item, command)(function)
-        return function
-
-    return decorate
-
-
-def setting_option(item: dataclasses.Field[Any], command: str) -> Callable[[F], F]:
-    """The flag of one setting."""
-    kind, choices = accepted(item)
-    name = "--" + key_of(item.name)
-    default = item.metadata["finetune"] if command == "finetune" else None
-    default = item.default if default is None else default
-    shown = "" if default in (None, "") else f"  [default: {str(default).lower() if kind is bool else default}]"
-
-    def collect(context: click.Context, parameter: click.Parameter, value: Any) -> None:
-        if value is not None:
-            parsed = parse_value(item, str(value), "command line")
-            context.ensure_object(dict)[item.name] = parsed
-
-    names = [name, *({"n_layers": ["--n-layer"]}.get(item.name, []))]
-    return click.option(
-        *([f"{name}/--no-{key_of(item.name)}"] if kind is bool else names),
-        item.name,
-        default=None,
-        expose_value=False,
-        callback=collect,
-        metavar="|".join(choices) if choices else {int: "N", float: "X", Path: "PATH"}.get(kind, "TEXT"),
-        help=item.metadata["help"] + shown,
-    )
-
-
-def json_option(function: F) -> F:
-    return click.option("--json", "as_json", is_flag=True, help="answer as JSON on standard output")(function)
-
-
-def text_options(function: F) -> F:
-    function = click.option("--device", default="auto", help="auto, cpu, cuda or mps")(function)
-    function = click.option(
-        "--cp", type=click.Path(path_type=Path), required=True, help="run, checkpoint or Hugging Face model folder"
-    )(function)
-    function = click.option(
-        "--input", "input_file", type=click.Path(path_type=Path), help="file of texts, one a line; - for standard input"
-    )(function)
-    return json_option(click.argument("texts", nargs=-1)(function))
-
-
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
 @click.version_option(package_name="bertling")
 @click.option("--debug", is_flag=True, help="show the traceback of an error (works behind any command)")
@@ -88,17 +49,11 @@ def cli(debug: bool) -> None:
 
 
 @cli.command()
-@click.option(
-    "--folder",
-    type=click.Path(path_type=Path),
-    default=Path("quickstart"),
-    show_default=True,
-    help="where everything is written",
-)
+@click.option("--folder", type=PATH, default=Path("quickstart"), show_default=True, help="where everything is written")
 @click.option(
     "--minutes", type=click.FloatRange(0.05, 60), default=2.5, show_default=True, help="length of the pre-training"
 )
-@click.option("--force", is_flag=True, help="replace an earlier quickstart in the folder")
+@force_option("an earlier quickstart in the folder")
 @json_option
 def quickstart(folder: Path, minutes: float, force: bool, as_json: bool) -> None:
     """Watch a BERT grow in a few minutes, offline: vocabulary, data, pre-training, fine-tuning, answers."""
@@ -109,50 +64,38 @@ def quickstart(folder: Path, minutes: float, force: bool, as_json: bool) -> None
 
 
 @cli.command()
-@click.option(
-    "-i",
-    "--input",
-    "inputs",
-    type=click.Path(path_type=Path),
-    multiple=True,
-    required=True,
-    help="text file: .txt .jsonl .parquet, also .gz .xz .zst; may be given several times",
-)
-@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="folder for the vocabulary")
+@text_input_options
+@click.option("-o", "--output", type=PATH, required=True, help="folder for the vocabulary")
 @click.option("--size", type=click.IntRange(64, 1_000_000), default=8192, show_default=True, help="entries")
 @click.option("--cased", is_flag=True, help="keep upper case and accents")
-@click.option(
-    "--wikitext/--no-wikitext",
-    default=None,
-    help="undo WikiText's @-@ and <unk>  [default: where the file has that form]",
-)
-@click.option("--force", is_flag=True, help="replace a vocabulary that is there")
+@force_option("a vocabulary that is there")
 @json_option
 def vocab(
-    inputs: tuple[Path, ...], output: Path, size: int, cased: bool, wikitext: bool | None, force: bool, as_json: bool
+    inputs: tuple[Path, ...],
+    wikitext: bool | None,
+    text_field: str,
+    output: Path,
+    size: int,
+    cased: bool,
+    force: bool,
+    as_json: bool,
 ) -> None:
     """Make a WordPiece vocabulary from text files."""
+    from bertling.text import TextOptions
     from bertling.tools.vocab import make_vocabulary
 
-    result = make_vocabulary(inputs, output, size, lowercase=not cased, wikitext=wikitext, force=force, say=say)
+    options = TextOptions(wikitext=wikitext, text_field=text_field)
+    result = make_vocabulary(inputs, output, size, lowercase=not cased, options=options, force=force)
     answer(result, f"{output}: {result['entries']:,} entries, {result['seconds']:.1f} s", as_json)
 
 
 @cli.command()
-@click.option(
-    "-i",
-    "--input",
-    "inputs",
-    type=click.Path(path_type=Path),
-    multiple=True,
-    required=True,
-    help="text file: .txt .jsonl .parquet, also .gz .xz .zst; may be given several times",
-)
+@text_input_options
 @click.option("-l", "--label", required=True, help="name of the data set")
-@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="folder for the data sets")
+@click.option("-o", "--output", type=PATH, required=True, help="folder for the data sets")
 @click.option("-m", "--max-len", type=int, default=128, show_default=True, help="ids in a row, [CLS] and [SEP] too")
 @click.option(
-    "-v", "--vocab", "vocabulary", type=click.Path(path_type=Path), required=True, help="vocab.txt or its folder"
+    "-v", "--vocab", "vocabulary", type=PATH, required=True, help="vocab.txt or its folder"
 )
 @click.option("-s", "--seed", type=int, default=123, show_default=True, help="of the split and of static masks")
 @click.option(
@@ -171,20 +114,14 @@ def vocab(
     help="shards: masks drawn in training; msgpack: static masks, the seed's layout",
 )
 @click.option(
-    "--val-input", "val_inputs", type=click.Path(path_type=Path), multiple=True, help="official validation file"
+    "--val-input", "val_inputs", type=PATH, multiple=True, help="official validation file"
 )
-@click.option("--test-input", "test_inputs", type=click.Path(path_type=Path), multiple=True, help="official test file")
+@click.option("--test-input", "test_inputs", type=PATH, multiple=True, help="official test file")
 @click.option("--split", "shares", help="shares of train, val, test, as 0.8,0.1,0.1")
-@click.option(
-    "--wikitext/--no-wikitext",
-    default=None,
-    help="undo WikiText's @-@ and <unk>  [default: where the file has that form]",
-)
 @click.option("--clean", is_flag=True, help="keep only letters, digits, white space and , . ! ? ' \" -")
-@click.option("--text-field", default="text", show_default=True, help="field of .jsonl and column of .parquet files")
 @click.option("--drop-duplicates", is_flag=True, help="leave out repeated documents and lines")
 @click.option("--workers", type=click.IntRange(1, 1024), help="processes  [default: all cores]")
-@click.option("--force", is_flag=True, help="replace data sets of the same name")
+@force_option("data sets of the same name")
 @json_option
 def prepare(
     inputs: tuple[Path, ...],
@@ -246,10 +183,10 @@ def parse_shares(text: str | None) -> tuple[float, float, float] | None:
 
 
 @cli.command()
-@click.argument("path", type=click.Path(path_type=Path))
+@click.argument("path", type=PATH)
 @click.option("-n", "--rows", type=click.IntRange(0, 1000), default=3, show_default=True, help="rows to show")
 @click.option(
-    "-v", "--vocab", "vocabulary", type=click.Path(path_type=Path), help="for .msgpack files: vocab.txt or its folder"
+    "-v", "--vocab", "vocabulary", type=PATH, help="for .msgpack files: vocab.txt or its folder"
 )
 @click.option("--mlm-probability", type=click.FloatRange(0.0, 0.9, min_open=True), default=0.15, show_default=True)
 @json_option
@@ -266,20 +203,20 @@ def start_options(function: F) -> F:
     function = click.option("--resume", is_flag=True, help="go on with the newest unfinished run")(function)
     function = click.option(
         "--cp",
-        type=click.Path(path_type=Path),
+        type=PATH,
         help="run, checkpoint or Hugging Face model folder: go on with a run of this kind, else start from its weights",
     )(function)
     return click.option(
         "-c",
         "--config",
         "configs",
-        type=click.Path(path_type=Path),
+        type=PATH,
         multiple=True,
         help="settings file  [default: config.ini, then local_config.ini]",
     )(function)
 
 
-@cli.command()
+@cli.command(cls=GroupedCommand)
 @start_options
 @training_options("pretrain")
 @json_option
@@ -287,12 +224,12 @@ def start_options(function: F) -> F:
 def pretrain(context: click.Context, configs: tuple[Path, ...], cp: Path | None, resume: bool, as_json: bool) -> None:
     """Pre-train a masked language model on prepared data."""
     start = begin("pretrain", configs, context.obj or {}, cp, resume)
-    from bertling.pretrain import load_data
+    from bertling.pretrain import load_start
     from bertling.pretrain import pretrain as run_pretrain
 
     if wants_launch(start.settings):
-        load_data(start.settings, start.explicit, None, lambda text: None)
-        launch_self(start)
+        load_start(start, lambda text: None)
+        launch_self(start.settings)
     outcome = run_pretrain(start, say)
     finish([outcome.run], outcome.finished)
     answer(
@@ -313,7 +250,7 @@ def pretrain(context: click.Context, configs: tuple[Path, ...], cp: Path | None,
         sys.exit(STOPPED)
 
 
-@cli.command()
+@cli.command(cls=GroupedCommand)
 @start_options
 @click.option("--from-scratch", is_flag=True, help="train without a checkpoint, as a floor")
 @training_options("finetune")
@@ -324,13 +261,13 @@ def finetune(
 ) -> None:
     """Fine-tune a classifier on labelled texts (SST-2 by default)."""
     start = begin("finetune", configs, context.obj or {}, cp, resume)
+    from bertling.finetune import check_start
     from bertling.finetune import finetune as run_finetune
-    from bertling.finetune import load_texts
 
     if wants_launch(start.settings):
-        load_texts(start.settings)
-        launch_self(start)
-    result = run_finetune(start, say, from_scratch=from_scratch or (start.run is not None and start.checkpoint is None))
+        check_start(start, from_scratch=from_scratch)
+        launch_self(start.settings)
+    result = run_finetune(start, say, from_scratch=from_scratch)
     finish([one.outcome.run for one in result.seeds], True)
     answer(result.to_dict(), result.text(), as_json) if is_first() else None
     if not result.seeds[-1].outcome.finished:
@@ -343,7 +280,9 @@ def begin(command: str, configs: tuple[Path, ...], flags: dict[str, Any], cp: Pa
 
     start = resolve_start(command, list(configs) or default_files(Path()), flags, cp=cp, resume=resume)
     if is_first():
-        pairs = [line.replace(" = ", "=") for line in start.settings.to_ini().splitlines()]
+        values = vars(start.settings)
+        shown = [item.name for item in dataclasses.fields(Settings) if concerns(item, command)]
+        pairs = [f"{key_of(name)}={as_text(values[name])}" for name in shown if values[name] not in (None, "")]
         say("settings: " + " ".join(pairs))
     return start
 
@@ -355,17 +294,16 @@ def wants_launch(settings: Settings) -> bool:
     return settings.ddp and not launched()
 
 
-def launch_self(start: Any) -> None:
+def launch_self(settings: Settings) -> None:
     """Run this very command on several processes, and end with their status."""
     from bertling.distributed import launch
 
-    sys.exit(launch(start.settings, start.explicit, sys.argv[1:]))
+    status = launch(settings, sys.argv[1:])
+    sys.exit(STOPPED if status is None else status)
 
 
 def is_first() -> bool:
     """Whether this is the process that answers."""
-    import os
-
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -381,16 +319,16 @@ def finish(runs: Iterable[Path], finished: bool) -> None:
 
 
 @cli.command()
-@click.option("--cp", type=click.Path(path_type=Path), required=True, help="run, checkpoint or Hugging Face folder")
+@click.option("--cp", type=PATH, required=True, help="run, checkpoint or Hugging Face model folder")
 @click.option(
     "--data",
-    type=click.Path(path_type=Path),
+    type=PATH,
     required=True,
     help="prepared data set (masked language model) or labelled file (classifier)",
 )
 @click.option("--text-column", help="column of the texts  [default: recognised by its name]")
 @click.option("--label-column", help="column of the labels  [default: recognised by its name]")
-@click.option("--device", default="auto", help="auto, cpu, cuda or mps")
+@device_option
 @json_option
 def evaluate(
     cp: Path, data: Path, text_column: str | None, label_column: str | None, device: str, as_json: bool
@@ -412,7 +350,7 @@ def open_model(cp: Path, device: str) -> Any:
 
 
 @cli.command()
-@text_options
+@ask_options
 @click.option("-k", "--top-k", type=click.IntRange(1, 1000), default=5, show_default=True, help="answers a mask")
 def fill(texts: tuple[str, ...], input_file: Path | None, cp: Path, device: str, as_json: bool, top_k: int) -> None:
     """Say what may stand at [MASK] in a text."""
@@ -423,10 +361,11 @@ def fill(texts: tuple[str, ...], input_file: Path | None, cp: Path, device: str,
         for one in model.fill(chunk, top_k=top_k):
             ranked = [", ".join(f"{token} {share:.1%}" for token, share in mask) for mask in one["masks"]]
             answer(one, "\n".join([one["text"], *(f"  [MASK]: {row}" for row in ranked)]), as_json)
+            note_truncated(one, "only a part around its masks was read", as_json)
 
 
 @cli.command()
-@text_options
+@ask_options
 def classify(texts: tuple[str, ...], input_file: Path | None, cp: Path, device: str, as_json: bool) -> None:
     """Say which class a text belongs to."""
     from bertling.inference import iter_texts
@@ -435,10 +374,17 @@ def classify(texts: tuple[str, ...], input_file: Path | None, cp: Path, device: 
     for chunk in iter_texts(texts, input_file):
         for one in model.classify(chunk):
             answer(one, f"{one['label']}\t{one['score']:.3f}\t{one['text']}", as_json)
+            note_truncated(one, "only its beginning was read", as_json)
+
+
+def note_truncated(one: Any, what: str, as_json: bool) -> None:
+    """Say that a text was too long for the model; JSON has a field for it."""
+    if one["truncated"] and not as_json:
+        say(f"note: text {shorten(one['text'])}: longer than the model reads; {what}")
 
 
 @cli.command()
-@click.option("--cp", type=click.Path(path_type=Path), help="run, checkpoint or Hugging Face folder")
+@click.option("--cp", type=PATH, help="run, checkpoint or Hugging Face folder")
 @click.option("--preset", default="modern", show_default=True, help="modern, bert, distilbert or seed")
 @click.option("--size", default="mini", show_default=True, help="mini, small or base")
 @click.option("--vocab-size", type=click.IntRange(8), default=8192, show_default=True)
@@ -452,20 +398,46 @@ def summary(cp: Path | None, preset: str, size: str, vocab_size: int, as_json: b
 
 
 def main() -> None:
-    """Run the command line: errors are one line and status 2."""
-    debug = "--debug" in sys.argv
+    """Run the command line: what goes wrong is one line and status 2; a Python error shows that this program is wrong."""
+    words = [word for word in sys.argv[1:] if word != "--debug"]
     try:
-        cli.main(args=[word for word in sys.argv[1:] if word != "--debug"], prog_name="bertling")
-    except BertlingError as error:
-        if debug:
+        cli.main(args=words or ["--help"], prog_name="bertling", standalone_mode=False)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        forget_output()
+        sys.exit(128 + signal.SIGPIPE)  # as `head` leaves any other program
+    except Exception as error:
+        message = explain(error)
+        if message is None or "--debug" in sys.argv:
             raise
-        click.echo(f"error: {error}", err=True)
-        sys.exit(2)
-    except MemoryError:
-        if debug:
-            raise
-        click.echo("error: out of memory; lower micro-batch-size, or the size of the model", err=True)
-        sys.exit(2)
+        if isinstance(error, OSError):
+            forget_output()
+        say(f"error: {message}")
+        sys.exit(128 + signal.SIGINT if isinstance(error, click.Abort) else 2)
+
+
+def explain(error: Exception) -> str | None:
+    """One line for the user; None for what only a programmer can mend."""
+    if isinstance(error, click.Abort):
+        return "interrupted"
+    if isinstance(error, click.ClickException):
+        where = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "bertling"
+        return f"{' '.join(error.format_message().split()).rstrip('.')}; '{where} --help' shows what it takes"
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, which is not loaded
+        return "out of memory; lower micro-batch-size, or the size of the model"
+    if isinstance(error, OSError):
+        try:
+            with readable_errors(Path(error.filename or "output")):
+                raise error
+        except BertlingError as readable:
+            return str(readable)
+    return " ".join(str(error).split()) if isinstance(error, BertlingError) else None
+
+
+def forget_output() -> None:
+    """Send what is still buffered nowhere: Python would try again at the end, and complain."""
+    with contextlib.suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

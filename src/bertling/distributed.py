@@ -1,17 +1,20 @@
 """Several processes: who am I, sums over all of us, and the launch through torchrun."""
 
 import os
-import subprocess
-import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.elastic.multiprocessing import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from bertling.files import BertlingError
 from bertling.settings import Settings
+
+SECONDS_TO_SAVE = 600
+"""How long a process may take to save after a signal, before it is killed."""
 
 
 @dataclass(frozen=True)
@@ -96,19 +99,32 @@ def launched() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ or {"RANK", "WORLD_SIZE"} <= os.environ.keys()
 
 
-def launch(settings: Settings, explicit: Iterable[str], arguments: Sequence[str]) -> int:
-    """Start `bertling ARGUMENTS` on several processes of this machine through torchrun; returns the exit status."""
+def launch(settings: Settings, arguments: Sequence[str]) -> int | None:
+    """Run `bertling ARGUMENTS` on several processes of this machine through torchrun.
+
+    Returns the exit status of the process that failed first, or None if signals ended them (each has saved then).
+    torchrun runs inside this process: it passes signals on and waits for the processes to save.
+    """
+    from torch.distributed.run import main as torchrun
+
     count = settings.nproc or (torch.cuda.device_count() if torch.cuda.is_available() else 2)
     if settings.batch_size < count:
         raise BertlingError(
             f"batch-size = {settings.batch_size} is less than one row for each of the {count} "
             "processes: raise batch-size or lower nproc"
         )
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={count}"]
-    if {"dist_master_addr", "dist_master_port"} & set(explicit):
-        command += [f"--master-addr={settings.dist_master_addr}", f"--master-port={settings.dist_master_port or 29500}"]
+    options = [f"--nproc-per-node={count}", f"--shutdown-timeout={SECONDS_TO_SAVE}"]
+    if settings.dist_master_port is not None or settings.dist_master_addr != "127.0.0.1":
+        options += [f"--master-addr={settings.dist_master_addr}", f"--master-port={settings.dist_master_port or 29500}"]
     else:
-        command += ["--standalone"]
+        options += ["--standalone"]
     # torchrun warns about threads unless told; each process sets its own count of them.
-    environment = {"OMP_NUM_THREADS": str(settings.threads or 1), **os.environ}
-    return subprocess.run([*command, "-m", "bertling", *arguments], env=environment, check=False).returncode
+    os.environ.setdefault("OMP_NUM_THREADS", str(settings.threads or 1))
+    try:
+        # Behind "--", or torchrun would take our flags for abbreviations of its own.
+        torchrun([*options, "-m", "--", "bertling", *arguments])
+    except ChildFailedError as error:
+        return max(1, error.get_first_failure()[1].exitcode)  # a killed process has a negative one
+    except SignalException:
+        return None
+    return 0

@@ -22,9 +22,8 @@ from bertling.labelled import (
     summarise_seeds,
 )
 from bertling.model import BertForSequenceClassification, count_parameters
-from bertling.presets import preset_config
-from bertling.pretrain import check_architecture, find_vocabulary, say_loaded
-from bertling.runs import Start, new_run
+from bertling.pretrain import check_architecture, find_vocabulary, say_loaded, sized_config
+from bertling.runs import Start, open_run
 from bertling.runtime import Runtime, build_runtime
 from bertling.settings import Settings
 from bertling.tasks import ClassificationTask, classification_floors, evaluate_classifier
@@ -92,10 +91,7 @@ class FinetuneResult:
 def finetune(start: Start, say: Say, *, from_scratch: bool = False) -> FinetuneResult:
     """Train a classifier from a checkpoint (or from fresh weights, if asked), once for each seed."""
     settings = start.settings
-    if start.checkpoint is None and not from_scratch:
-        raise BertlingError("--cp: name the checkpoint to fine-tune, or give --from-scratch to train without one")
-    if start.checkpoint is not None and from_scratch:
-        raise BertlingError("--from-scratch and --cp exclude each other: give one of them")
+    check_origin(start, from_scratch)
     ranks = distributed.join(settings)
     try:
         say = say if ranks.first else lambda text: None
@@ -122,6 +118,21 @@ def finetune(start: Start, say: Say, *, from_scratch: bool = False) -> FinetuneR
         return result
     finally:
         distributed.leave()
+
+
+def check_start(start: Start, *, from_scratch: bool) -> None:
+    """Refuse what cannot be trained, before several processes would all say so."""
+    check_origin(start, from_scratch)
+    train, _ = load_texts(start.settings)
+    build_classifier(start, train, lambda text: None)
+
+
+def check_origin(start: Start, from_scratch: bool) -> None:
+    """A fine-tuning starts from a checkpoint, unless asked not to."""
+    if start.checkpoint is None and not from_scratch:
+        raise BertlingError("--cp: name the checkpoint to fine-tune, or give --from-scratch to train without one")
+    if start.checkpoint is not None and from_scratch:
+        raise BertlingError("--from-scratch and --cp exclude each other: give one of them")
 
 
 def seed_run_id(settings: Settings, number: int) -> str | None:
@@ -157,7 +168,7 @@ def train_seed(
         )
         + f" of {settings.batch_size} texts; {runtime.describe()}"
     )
-    run = start.run or (new_run(settings) if ranks.first else Path())
+    run = open_run(start) if ranks.first else Path()
     say(f"run folder: {run}")
     outcome = Trainer(task, model, tokenizer, settings, runtime, ranks, run, state=start.state).train()
     scores = evaluate_classifier(model, dev, tokenizer, runtime, seq_len=seq_len)
@@ -197,16 +208,6 @@ def build_classifier(start: Start, train: LabelledTexts, say: Say) -> tuple[Bert
         say_loaded(loaded, say)
         return loaded.model, loaded.tokenizer
     tokenizer = find_vocabulary(settings)
-    config = preset_config(
-        settings.preset,
-        settings.size or "mini",
-        tokenizer.vocab_size,
-        max_position_embeddings=settings.seq_len,
-        pad_token_id=tokenizer.pad_id,
-        hidden_size=settings.d_model,
-        num_hidden_layers=settings.n_layers,
-        num_attention_heads=settings.heads,
-        dropout=settings.dropout,
-        labels=tuple(train.id2label.values()),
-    )
+    labels = tuple(train.id2label.values())
+    config = sized_config(settings, settings.preset, tokenizer.vocab_size, settings.seq_len, tokenizer.pad_id, labels)
     return BertForSequenceClassification(config, generator), tokenizer

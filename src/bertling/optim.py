@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from bertling.files import BertlingError
 from bertling.settings import Settings
 
 
@@ -79,13 +78,8 @@ class Schedule:
 def build_schedule(settings: Settings, total_steps: int | None) -> Schedule:
     """The schedule that the settings ask for; what they leave open follows from the length of the run.
 
-    `total_steps` is None in a run that only the clock ends: steps have no place in its schedule then.
+    `total_steps` is None in a run that only the clock ends: steps have no place in its schedule, nor its settings.
     """
-    if total_steps is None and (settings.warmup_iters is not None or settings.lr_decay_iters is not None):
-        raise BertlingError(
-            "warmup-iters and lr-decay-iters count steps, but max-minutes ends this run: give max-iters "
-            "too, or leave them out"
-        )
     default_warmup = 0.02 if settings.task_type == "mlm" else 0.06
     warmup = default_warmup if settings.warmup_iters is None else min(1.0, settings.warmup_iters / (total_steps or 1))
     end = 1.0 if settings.lr_decay_iters is None else min(1.0, settings.lr_decay_iters / (total_steps or 1))

@@ -1,18 +1,19 @@
 """Pre-training from the settings on: data, vocabulary, model, run folder; then the loop."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from bertling import distributed
+from bertling.batches import check_samples
 from bertling.checkpoint import Loaded, load_checkpoint
 from bertling.distributed import Ranks
 from bertling.files import BertlingError
 from bertling.model import BertEncoder, BertForMaskedLM, count_parameters
-from bertling.presets import preset_config
-from bertling.runs import Start, new_run
+from bertling.presets import ModelConfig, preset_config
+from bertling.runs import Start, open_run
 from bertling.runtime import Runtime, build_runtime
 from bertling.samples import Samples, match_samples, open_samples
 from bertling.settings import Settings, key_of
@@ -39,10 +40,10 @@ def pretrain(start: Start, say: Say) -> Outcome:
     try:
         say = say if ranks.first else lambda text: None
         runtime = build_runtime(settings, local_rank=ranks.local_rank, local_processes=ranks.local_processes)
-        model, tokenizer = starting_model(start, say)
-        data = load_data(settings, start.explicit, tokenizer, say)
+        model, data = load_start(start, say)
         if model is None:
-            model = fresh_model(settings, data)
+            generator = torch.Generator().manual_seed(settings.seed)
+            model = BertForMaskedLM(fresh_config(settings, data), generator)
         task = MaskedLMTask(
             data.train,
             data.val,
@@ -52,7 +53,7 @@ def pretrain(start: Start, say: Say) -> Outcome:
             mlm_probability=settings.mlm_probability,
         )
         introduce(model, task, data, settings, runtime, ranks, say)
-        run = start.run or (new_run(settings) if ranks.first else Path())
+        run = open_run(start) if ranks.first else Path()
         trainer = Trainer(task, model, data.tokenizer, settings, runtime, ranks, run, state=start.state)
         say(f"run folder: {run}")
         return trainer.train()
@@ -60,11 +61,26 @@ def pretrain(start: Start, say: Say) -> Outcome:
         distributed.leave()
 
 
+def load_start(start: Start, say: Say) -> tuple[BertForMaskedLM | None, MaskedLMData]:
+    """The model to start from (None: a fresh one) and the data; refuses what does not fit together."""
+    model, tokenizer = starting_model(start, say)
+    data = load_data(start.settings, start.explicit, tokenizer, say)
+    check_samples(data.train, data.tokenizer)
+    check_samples([data.val], data.tokenizer)
+    config = fresh_config(start.settings, data) if model is None else model.config
+    if data.train[0].seq_len > config.max_position_embeddings:
+        raise BertlingError(
+            f"{data.train[0].path}: has rows of {data.train[0].seq_len} ids, the checkpoint takes at most "
+            f"{config.max_position_embeddings}: prepare the data again with -m {config.max_position_embeddings}"
+        )
+    return model, data
+
+
 def starting_model(start: Start, say: Say) -> tuple[BertForMaskedLM | None, Tokenizer | None]:
     """The model and vocabulary of the checkpoint to start from; its architecture wins over the settings."""
     if start.checkpoint is None:
         return None, None
-    dropout = start.settings.dropout if "dropout" in start.explicit or start.run else None
+    dropout = start.settings.dropout if "dropout" in start.explicit else None
     generator = torch.Generator().manual_seed(start.settings.seed)
     loaded = load_checkpoint(start.checkpoint, head="masked_lm", dropout=dropout, generator=generator)
     assert isinstance(loaded.model, BertForMaskedLM)
@@ -97,6 +113,17 @@ def check_architecture(model: BertEncoder, settings: Settings, explicit: frozens
                 f"{key_of(name)} = {getattr(settings, name)}: the checkpoint has {value}, and a checkpoint's "
                 f"architecture wins; leave {key_of(name)} out"
             )
+    if "size" in explicit and settings.size is not None:
+        named = sized_config(settings, config.architecture, config.vocab_size, config.max_position_embeddings)
+        shapes = [
+            f"{one.num_hidden_layers} x {one.hidden_size} with {one.num_attention_heads} heads"
+            for one in (config, named)
+        ]
+        if shapes[0] != shapes[1]:
+            raise BertlingError(
+                f"size = {settings.size}: that is {shapes[1]}, the checkpoint has {shapes[0]}, and a checkpoint's "
+                "architecture wins; leave size out"
+            )
 
 
 def load_data(settings: Settings, explicit: frozenset[str], tokenizer: Tokenizer | None, say: Say) -> MaskedLMData:
@@ -125,20 +152,33 @@ def find_vocabulary(settings: Settings, data: Path | None = None) -> Tokenizer:
     raise BertlingError(f"{usual / 'vocab.txt'}: missing; place the vocabulary there, or name it by --vocab")
 
 
-def fresh_model(settings: Settings, data: MaskedLMData) -> BertForMaskedLM:
-    """A model with fresh weights, drawn from the seed."""
-    config = preset_config(
-        settings.preset,
+def fresh_config(settings: Settings, data: MaskedLMData) -> ModelConfig:
+    """The shape of a model that starts from fresh weights."""
+    longest = max(data.train[0].seq_len, settings.seq_len)
+    return sized_config(settings, settings.preset, data.tokenizer.vocab_size, longest, data.tokenizer.pad_id)
+
+
+def sized_config(
+    settings: Settings,
+    architecture: str,
+    vocab_size: int,
+    max_position_embeddings: int,
+    pad_token_id: int = 0,
+    labels: Sequence[str] | None = None,
+) -> ModelConfig:
+    """An architecture in the sizes that the settings name."""
+    return preset_config(
+        architecture,
         settings.size or "mini",
-        data.tokenizer.vocab_size,
-        max_position_embeddings=max(data.train[0].seq_len, settings.seq_len),
-        pad_token_id=data.tokenizer.pad_id,
+        vocab_size,
+        max_position_embeddings=max_position_embeddings,
+        pad_token_id=pad_token_id,
         hidden_size=settings.d_model,
         num_hidden_layers=settings.n_layers,
         num_attention_heads=settings.heads,
         dropout=settings.dropout,
+        labels=labels,
     )
-    return BertForMaskedLM(config, torch.Generator().manual_seed(settings.seed))
 
 
 def introduce(
@@ -172,6 +212,14 @@ def introduce(
         + f", {settings.optimizer}; {runtime.describe()}"
         + (f"; {ranks.world_size} processes" if ranks.world_size > 1 else "")
     )
+    if steps and settings.val_interval:
+        # The whole set is scored each time: with a tenth of the corpus and a short interval that outweighs the training.
+        share = data.val.rows / (settings.val_interval * settings.batch_size)
+        if share > 0.5:
+            say(
+                f"note: each evaluation reads {share:.1f} times the rows that are trained on between two of them; a "
+                "larger val-interval or a smaller validation split (prepare --split) saves that time"
+            )
     say(
         f"floors on the validation set: accuracy {task.floors['floor/unigram']:.1%}, loss "
         f"{task.floors['floor_loss/unigram']:.3f} (always the commonest token; unigram model)"

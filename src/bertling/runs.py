@@ -12,7 +12,7 @@ from bertling.settings import COMMANDS, Settings, key_of, resolve
 # What a run is: a resumed one keeps it.
 FIXED = (
     "preset size d_model n_layers heads dropout seq_len batch_size mlm_probability optimizer seed dataset_pattern "
-    "val_dataset_pattern train_input val_input text_column label_column schedule dtype"
+    "val_dataset_pattern train_input val_input text_column label_column schedule dtype seeds"
 ).split()
 
 
@@ -51,7 +51,7 @@ def resolve_start(
     state = load_state(checkpoint)
     if state is None:
         return Start(*resolve(command, files, flags), checkpoint=checkpoint)
-    settings, explicit = resolve(command, [run / "config.ini"], flags)
+    settings, _ = resolve(command, [run / "config.ini"], flags)
     before, _ = resolve(command, [run / "config.ini"], {})
     for name in FIXED:
         if getattr(settings, name) != getattr(before, name):
@@ -62,11 +62,20 @@ def resolve_start(
     longer = {"max_iters", "max_minutes", "epochs"} & flags.keys()
     if read_json(run / "run.json", "run description").get("finished") and not longer:
         raise BertlingError(f"{run}: is finished; raise --max-iters (or --max-minutes, --epochs) to train it further")
-    return Start(settings, explicit, run, checkpoint, state)
+    # The run's file holds defaults too: explicit is what was given now.
+    return Start(settings, frozenset(flags), run, checkpoint, state)
 
 
-def new_run(settings: Settings) -> Path:
-    """Make the next free `runs/runN` (or `runs/<run-id>`), with its resolved settings in it."""
+def open_run(start: Start) -> Path:
+    """The folder of the run to go on in, or a new one; its settings are in it, and it is unfinished from now on."""
+    folder = start.run or new_folder(start.settings)
+    atomic_write(folder / "config.ini", start.settings.to_ini())
+    write_json(folder / "run.json", {"task": start.settings.task_type, "finished": False})
+    return folder
+
+
+def new_folder(settings: Settings) -> Path:
+    """Make the next free `runs/runN`, or `runs/<run-id>`."""
     runs, run_id = settings.base_dir / "runs", settings.run_id
     with readable_errors(runs):
         runs.mkdir(parents=True, exist_ok=True)
@@ -85,8 +94,6 @@ def new_run(settings: Settings) -> Path:
                     ) from None
                 number += 1
         (folder / "checkpoints").mkdir()
-    atomic_write(folder / "config.ini", settings.to_ini())
-    write_json(folder / "run.json", {"task": settings.task_type, "finished": False})
     return folder
 
 
@@ -95,6 +102,8 @@ def unfinished_run(base_dir: Path, tasks: set[str]) -> Path:
     lasts = [path for path in (base_dir / "runs").glob("*/checkpoints/last") if path.exists()]
     for last in sorted(lasts, key=lambda path: path.stat().st_mtime, reverse=True):
         run = last.parent.parent
+        if not (run / "run.json").is_file():
+            continue
         about = read_json(run / "run.json", "run description")
         if about.get("task") in tasks and not about.get("finished"):
             return run

@@ -177,6 +177,12 @@ class Settings:
                 raise BertlingError(
                     f"{key_of(low)} = {a} is over {key_of(high)} = {b}: lower {key_of(low)} or raise {key_of(high)}"
                 )
+        by_time_only = self.max_minutes is not None and self.max_iters is None and self.epochs is None
+        if by_time_only and (self.warmup_iters is not None or self.lr_decay_iters is not None):
+            raise BertlingError(
+                "warmup-iters and lr-decay-iters count steps, but max-minutes ends this run: give max-iters "
+                "too, or leave them out"
+            )
         if (self.train_input is None) != (self.val_input is None):
             raise BertlingError("train-input and val-input go together: give both or neither")
         if self.run_id is not None and (self.run_id in {"", ".", ".."} or "/" in self.run_id or "\\" in self.run_id):
@@ -230,7 +236,10 @@ def accepted(item: dataclasses.Field[Any]) -> tuple[type, tuple[str, ...]]:
 def parse_value(item: dataclasses.Field[Any], text: str, where: str) -> Any:
     """Turn an INI value or a flag's text into the field's type, within its limits."""
     kind, choices = accepted(item)
-    name, text = f"{where}: {key_of(item.name)} = {text}", text.strip()
+    name, text = f"{where}: {key_of(item.name)} = {' '.join(text.split())}", text.strip()
+    if "\n" in text or " #" in text:
+        # The run's config.ini could not give it back.
+        raise BertlingError(f"{name}: a value holds no line end, and no '#' behind a space")
     if choices:
         if text.lower() not in choices:
             near = difflib.get_close_matches(text.lower(), choices, n=1)
@@ -289,15 +298,22 @@ def read_ini(path: Path) -> dict[str, Any]:
         default_section="\0",
     )
     try:
-        parser.read_string("[settings]\n" + raw.decode("utf-8-sig"), source=str(path))
+        parser.read_string("[\1]\n" + raw.decode("utf-8-sig"), source=str(path))
     except UnicodeDecodeError as error:
         raise BertlingError(f"{path}: not UTF-8 text (byte {error.start}): save it as UTF-8") from None
+    except (configparser.DuplicateOptionError, configparser.DuplicateSectionError) as error:
+        what = getattr(error, "option", f"[{error.section}]")
+        raise BertlingError(f"{path}: line {(error.lineno or 1) - 1}: {what} is given twice: keep one") from None
+    except configparser.ParsingError as error:
+        where = f"line {error.errors[0][0] - 1}"
+        raise BertlingError(f"{path}: {where}: not of the form 'key = value': mend or remove it") from None
     except configparser.Error as error:
-        reason = " ".join(str(error).split()).replace("[line", "[line after one added header:")
-        raise BertlingError(f"{path}: not a settings file: {reason}; write one 'key = value' a line") from None
+        raise BertlingError(f"{path}: not a settings file: {' '.join(str(error).split())}") from None
     values: dict[str, Any] = {}
     for section in parser.sections():
         for key, text in parser[section].items():
+            if "\n" in text:
+                raise BertlingError(f"{path}: {key}: the line below it is indented: begin each key at the line's start")
             item = field_of(key, str(path))
             if item.name in values:
                 raise BertlingError(f"{path}: {key_of(item.name)} is given twice (as '{key}' too): keep one")

@@ -69,7 +69,7 @@ class MaskedLMTask:
         self.train = MaskedBatches(
             train, batch_size=batch_size, seed=seed, mlm_probability=mlm_probability, tokenizer=tokenizer
         )
-        batches.check_samples([train[0], val], tokenizer) if train[0].labels == val.labels else None
+        batches.check_samples([val], tokenizer)
         self.val, self.tokenizer = val, tokenizer
         self.steps_per_epoch = self.train.steps_per_epoch
         self.floors = mlm_floors(train[0], val, tokenizer)

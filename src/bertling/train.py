@@ -71,10 +71,11 @@ def stop_requests() -> Iterator[Callable[[], bool]]:
 
 def total_steps(settings: Settings, task: Task) -> int | None:
     """The step at which the run ends; None when only the clock ends it."""
-    if settings.max_iters is not None:
-        return settings.max_iters
+    limits = [] if settings.max_iters is None else [settings.max_iters]
     if settings.epochs is not None:
-        return max(1, math.ceil(settings.epochs * task.steps_per_epoch))
+        limits.append(max(1, math.ceil(settings.epochs * task.steps_per_epoch)))
+    if limits:
+        return min(limits)
     if settings.max_minutes is not None:
         return None
     return 10_000 if settings.task_type == "mlm" else max(1, math.ceil(3 * task.steps_per_epoch))
@@ -131,7 +132,7 @@ class Trainer:
                 evaluate, save = self.due(previous, progress)
                 if evaluate:
                     self.evaluate(log)
-                if save:
+                if save or self.best_step == self.step:
                     self.save()
             return self.finish(log, done=progress >= 1.0)
 
@@ -204,7 +205,7 @@ class Trainer:
     def evaluate(self, log: RunLog) -> None:
         """Score the whole validation set, and show an example."""
         self.metrics = self.task.evaluate(self.model, self.runtime, self.ranks)
-        if self.metrics["eval/accuracy"] > self.best_accuracy:
+        if self.step and self.metrics["eval/accuracy"] > self.best_accuracy:
             self.best_accuracy, self.best_step = self.metrics["eval/accuracy"], self.step
         log.evaluation(self.step, {**self.metrics, **self.task.floors}, seconds=self.clock())
         self.evaluated_step = self.step

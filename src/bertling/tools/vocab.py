@@ -1,14 +1,19 @@
 """A vocabulary out of text files."""
 
+import os
+import shutil
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bertling.files import BertlingError, atomic_folder
+from bertling.files import BertlingError, atomic_folder, readable_errors
 from bertling.progress import ByteProgress
 from bertling.text import Lines, TextOptions
-from bertling.tokenizer import train_vocabulary
+from bertling.tokenizer import Tokenizer, train_vocabulary
+
+FILES = ("vocab.txt", "tokenizer.json", "tokenizer_config.json")
 
 
 def make_vocabulary(
@@ -17,27 +22,38 @@ def make_vocabulary(
     size: int,
     *,
     lowercase: bool = True,
-    wikitext: bool | None = None,
+    options: TextOptions = TextOptions(),
     force: bool = False,
-    say: Callable[[str], None],
 ) -> dict[str, Any]:
     """Train a WordPiece vocabulary on the files and write it to `output`; an existing one is kept unless `force`."""
-    present = output / "vocab.txt"
-    if present.exists() and not force:
-        raise BertlingError(f"{present}: exists already; give --force to replace it, or choose another folder")
+    if output.exists() and not output.is_dir():
+        raise BertlingError(f"{output}: is a file; give a folder for the vocabulary")
+    for present in (output / name for name in FILES):
+        if present.exists() and not force:
+            raise BertlingError(f"{present}: exists already; give --force to replace it, or choose another folder")
     began = time.monotonic()
-
     with ByteProgress("reading") as progress:
-        lines = Lines(inputs, TextOptions(wikitext=wikitext), progress, reads=2)
-        tokenizer = train_vocabulary(lines, size, lowercase=lowercase)
-    if tokenizer.vocab_size < size:
-        say(f"note: the text gave {tokenizer.vocab_size:,} entries, not {size:,}")
-    with atomic_folder(output, force=True) as temporary:
-        tokenizer.save(temporary)
-    seconds = time.monotonic() - began
+        tokenizer = train_vocabulary(Lines(inputs, options, progress, reads=2), size, lowercase=lowercase)
+    save_into(output, tokenizer)
     return {
         "folder": str(output),
         "entries": tokenizer.vocab_size,
-        "seconds": seconds,
+        "seconds": time.monotonic() - began,
         "fingerprint": tokenizer.fingerprint,
     }
+
+
+def save_into(output: Path, tokenizer: Tokenizer) -> None:
+    """Write the vocabulary's files; whatever else lies in an existing folder stays."""
+    if not output.exists():
+        with atomic_folder(output) as temporary:
+            tokenizer.save(temporary)
+        return
+    with readable_errors(output):
+        temporary = Path(tempfile.mkdtemp(prefix=".vocab.", suffix=".tmp", dir=output))
+        try:
+            tokenizer.save(temporary)
+            for name in reversed(FILES):  # vocab.txt, which is the truth, comes last
+                os.replace(temporary / name, output / name)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
