@@ -26,9 +26,9 @@ def words(sentence: str) -> list[str]:
 def test_enough_rows_of_both_classes(split: str) -> None:
     labels = Counter(label for _, label in read(split))
     total = sum(labels.values())
-    assert set(labels) == {"0", "1"}
+    assert set(labels) == {"negative", "positive"}
     assert total >= MINIMUM[split]
-    assert 0.48 <= labels["1"] / total <= 0.52
+    assert 0.48 <= labels["positive"] / total <= 0.52
 
 
 @pytest.mark.parametrize("split", sorted(MINIMUM))

@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
 SHORT = 512
 """Tokens up to which the weights [T, T] are no burden for a CPU's memory."""
 

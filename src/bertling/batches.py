@@ -205,13 +205,13 @@ def _check_ids(samples: Samples, tokenizer: Tokenizer) -> None:
     if samples.max_id >= tokenizer.vocab_size:
         raise BertlingError(
             f"{samples.path}: holds id {samples.max_id}, the vocabulary has {tokenizer.vocab_size} entries; "
-            "it was prepared with another vocabulary"
+            "it was prepared with another vocabulary: name that one with --vocab"
         )
     start = int(samples.fetch_originals(np.zeros(1, dtype=np.int64))[0, 0])
     if start != tokenizer.cls_id:
         raise BertlingError(
             f"{samples.path}: rows begin with id {start}, the vocabulary's [CLS] is {tokenizer.cls_id}; "
-            "it was prepared with another vocabulary"
+            "it was prepared with another vocabulary: name that one with --vocab"
         )
 
 

@@ -14,8 +14,8 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from bertling.files import BertlingError, atomic_folder, fsync_path, read_json, readable_errors, write_json
-from bertling.interop import Head, LoadReport, from_hf, to_hf
-from bertling.model import BertEncoder, BertForMaskedLM, BertForSequenceClassification
+from bertling.interop import Head, LoadReport, from_hf, to_hf, unwrap
+from bertling.model import BertForMaskedLM, BertForSequenceClassification
 from bertling.tokenizer import Tokenizer
 
 MANIFEST = "manifest.json"
@@ -45,7 +45,7 @@ class Loaded:
 def save_checkpoint(
     checkpoints: Path,
     step: int,
-    model: BertEncoder,
+    model: nn.Module,
     tokenizer: Tokenizer,
     state: TrainingState,
     *,
@@ -67,12 +67,12 @@ def save_checkpoint(
     return folder
 
 
-def write_model(folder: Path, model: BertEncoder, tokenizer: Tokenizer) -> None:
+def write_model(folder: Path, model: nn.Module, tokenizer: Tokenizer) -> None:
     """Write config.json, model.safetensors (fp32, the tokenizer's vocabulary size) and the tokenizer's files."""
     config, weights = to_hf(model)
     (folder / "model.safetensors").write_bytes(save(plain(weights), metadata={"format": "pt"}))
     write_json(folder / "config.json", config)
-    tokenizer.save(folder, token_types=model.config.type_vocab_size > 0)
+    tokenizer.save(folder, token_types=unwrap(model).config.type_vocab_size > 0)
 
 
 def plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -163,8 +163,8 @@ def load_checkpoint(
 ) -> Loaded:
     """Load a checkpoint or any Hugging Face folder of a known architecture, checking every file, key and shape.
 
-    `head` asks for a masked-LM or a classification model whatever the folder holds: what is fresh then is drawn from `generator` and
-    reported.
+    `head` asks for a masked-LM or a classification model whatever the folder holds: what is fresh then is drawn from
+    `generator` and reported.
     """
     folder = find_checkpoint(folder, "best")
     verify(folder)
@@ -181,7 +181,7 @@ def load_checkpoint(
     if tokenizer.vocab_size > size:
         raise BertlingError(
             f"{folder}: its vocabulary has {tokenizer.vocab_size:,} entries but its model only "
-            f"{size:,}: these files do not belong together"
+            f"{size:,}: these files do not belong together; use the vocab.txt that it was saved with"
         )
     return Loaded(folder, model, tokenizer, report)
 

@@ -20,9 +20,11 @@ from bertling.options import (
     concerns,
     device_option,
     force_option,
+    input_options,
     json_option,
+    model_option,
+    prepare_options,
     start_options,
-    text_input_options,
     training_options,
 )
 from bertling.settings import Settings, as_text, default_files, key_of
@@ -53,18 +55,22 @@ def cli(debug: bool) -> None:
 @click.option(
     "--minutes", type=click.FloatRange(0.05, 60), default=2.5, show_default=True, help="length of the pre-training"
 )
+@click.option("--steps", type=click.IntRange(1), help="end the pre-training after so many steps, if that is sooner")
+@click.option(
+    "--megabytes", type=click.FloatRange(0.5, 20), default=5, show_default=True, help="text to collect and learn from"
+)
 @force_option("an earlier quickstart in the folder")
 @json_option
-def quickstart(folder: Path, minutes: float, force: bool, as_json: bool) -> None:
+def quickstart(folder: Path, minutes: float, steps: int | None, megabytes: float, force: bool, as_json: bool) -> None:
     """Watch a BERT grow in a few minutes, offline: vocabulary, data, pre-training, fine-tuning, answers."""
     from bertling.tools.quickstart import run_quickstart
 
-    result = run_quickstart(folder, minutes=minutes, force=force, say=say)
+    result = run_quickstart(folder, minutes=minutes, steps=steps, megabytes=megabytes, force=force, say=say)
     answer(result.to_dict(), result.text(), as_json)
 
 
 @cli.command()
-@text_input_options
+@input_options
 @click.option("-o", "--output", type=PATH, required=True, help="folder for the vocabulary")
 @click.option("--size", type=click.IntRange(64, 1_000_000), default=8192, show_default=True, help="entries")
 @click.option("--cased", is_flag=True, help="keep upper case and accents")
@@ -90,58 +96,21 @@ def vocab(
 
 
 @cli.command()
-@text_input_options
-@click.option("-l", "--label", required=True, help="name of the data set")
-@click.option("-o", "--output", type=PATH, required=True, help="folder for the data sets")
-@click.option("-m", "--max-len", type=int, default=128, show_default=True, help="ids in a row, [CLS] and [SEP] too")
-@click.option(
-    "-v", "--vocab", "vocabulary", type=PATH, required=True, help="vocab.txt or its folder"
-)
-@click.option("-s", "--seed", type=int, default=123, show_default=True, help="of the split and of static masks")
-@click.option(
-    "--method",
-    type=click.Choice(["split", "segment"]),
-    default="split",
-    show_default=True,
-    help="split: token ids in exact lengths; segment: text cut every (max-len - 2) * 4 characters",
-)
-@click.option(
-    "--format",
-    "form",
-    type=click.Choice(["shards", "msgpack"]),
-    default="shards",
-    show_default=True,
-    help="shards: masks drawn in training; msgpack: static masks, the seed's layout",
-)
-@click.option(
-    "--val-input", "val_inputs", type=PATH, multiple=True, help="official validation file"
-)
-@click.option("--test-input", "test_inputs", type=PATH, multiple=True, help="official test file")
-@click.option("--split", "shares", help="shares of train, val, test, as 0.8,0.1,0.1")
-@click.option("--clean", is_flag=True, help="keep only letters, digits, white space and , . ! ? ' \" -")
-@click.option("--drop-duplicates", is_flag=True, help="leave out repeated documents and lines")
-@click.option("--workers", type=click.IntRange(1, 1024), help="processes  [default: all cores]")
-@force_option("data sets of the same name")
+@input_options
+@prepare_options
 @json_option
 def prepare(
     inputs: tuple[Path, ...],
+    wikitext: bool | None,
+    text_field: str,
+    clean: bool,
     label: str,
     output: Path,
     max_len: int,
     vocabulary: Path,
-    seed: int,
-    method: str,
-    form: str,
-    val_inputs: tuple[Path, ...],
-    test_inputs: tuple[Path, ...],
     shares: str | None,
-    wikitext: bool | None,
-    clean: bool,
-    text_field: str,
-    drop_duplicates: bool,
-    workers: int | None,
-    force: bool,
     as_json: bool,
+    **options: Any,
 ) -> None:
     """Turn text files into rows of token ids, split by document, with a data card."""
     from bertling.prepare import prepare as run_prepare
@@ -156,17 +125,10 @@ def prepare(
             output,
             max_len,
             Tokenizer.load(vocabulary),
-            seed=seed,
-            method=method,
-            val_inputs=val_inputs,
-            test_inputs=test_inputs,
             split=parse_shares(shares),
-            format=form,
             options=TextOptions(wikitext=wikitext, clean=clean, text_field=text_field),
-            drop_duplicates=drop_duplicates,
-            workers=workers,
-            force=force,
             progress=progress,
+            **options,
         )
     answer(card.to_dict(), card.text(), as_json)
 
@@ -185,9 +147,7 @@ def parse_shares(text: str | None) -> tuple[float, float, float] | None:
 @cli.command()
 @click.argument("path", type=PATH)
 @click.option("-n", "--rows", type=click.IntRange(0, 1000), default=3, show_default=True, help="rows to show")
-@click.option(
-    "-v", "--vocab", "vocabulary", type=PATH, help="for .msgpack files: vocab.txt or its folder"
-)
+@click.option("-v", "--vocab", "vocabulary", type=PATH, help="for .msgpack files: vocab.txt or its folder")
 @click.option("--mlm-probability", type=click.FloatRange(0.0, 0.9, min_open=True), default=0.15, show_default=True)
 @json_option
 def inspect(path: Path, rows: int, vocabulary: Path | None, mlm_probability: float, as_json: bool) -> None:
@@ -196,24 +156,6 @@ def inspect(path: Path, rows: int, vocabulary: Path | None, mlm_probability: flo
 
     report = run_inspect(path, rows=rows, vocabulary=vocabulary, mlm_probability=mlm_probability)
     answer(report.to_dict(), report.text(), as_json)
-
-
-def start_options(function: F) -> F:
-    """The options that say where a training begins."""
-    function = click.option("--resume", is_flag=True, help="go on with the newest unfinished run")(function)
-    function = click.option(
-        "--cp",
-        type=PATH,
-        help="run, checkpoint or Hugging Face model folder: go on with a run of this kind, else start from its weights",
-    )(function)
-    return click.option(
-        "-c",
-        "--config",
-        "configs",
-        type=PATH,
-        multiple=True,
-        help="settings file  [default: config.ini, then local_config.ini]",
-    )(function)
 
 
 @cli.command(cls=GroupedCommand)
@@ -231,7 +173,7 @@ def pretrain(context: click.Context, configs: tuple[Path, ...], cp: Path | None,
         load_start(start, lambda text: None)
         launch_self(start.settings)
     outcome = run_pretrain(start, say)
-    finish([outcome.run], outcome.finished)
+    finish([outcome.run] if outcome.finished else [])
     answer(
         {
             **outcome.metrics,
@@ -239,7 +181,7 @@ def pretrain(context: click.Context, configs: tuple[Path, ...], cp: Path | None,
             "step": outcome.step,
             "seconds": outcome.seconds,
             "finished": outcome.finished,
-            "best_accuracy": outcome.best_accuracy,
+            "best_accuracy": outcome.best_accuracy if outcome.best_step else None,
             "best_step": outcome.best_step,
         },
         f"{outcome.run}: step {outcome.step:,}, {outcome.seconds / 60:.1f} minutes, validation accuracy "
@@ -268,7 +210,7 @@ def finetune(
         check_start(start, from_scratch=from_scratch)
         launch_self(start.settings)
     result = run_finetune(start, say, from_scratch=from_scratch)
-    finish([one.outcome.run for one in result.seeds], True)
+    finish(one.outcome.run for one in result.seeds if one.outcome.finished)
     answer(result.to_dict(), result.text(), as_json) if is_first() else None
     if not result.seeds[-1].outcome.finished:
         sys.exit(STOPPED)
@@ -279,7 +221,7 @@ def begin(command: str, configs: tuple[Path, ...], flags: dict[str, Any], cp: Pa
     from bertling.runs import resolve_start
 
     start = resolve_start(command, list(configs) or default_files(Path()), flags, cp=cp, resume=resume)
-    if is_first():
+    if is_first() and not wants_launch(start.settings):
         values = vars(start.settings)
         shown = [item.name for item in dataclasses.fields(Settings) if concerns(item, command)]
         pairs = [f"{key_of(name)}={as_text(values[name])}" for name in shown if values[name] not in (None, "")]
@@ -307,9 +249,9 @@ def is_first() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def finish(runs: Iterable[Path], finished: bool) -> None:
+def finish(runs: Iterable[Path]) -> None:
     """Draw the plots of finished runs."""
-    if not (finished and is_first()):
+    if not is_first():
         return
     from bertling.plots import plot_run
 
@@ -319,7 +261,7 @@ def finish(runs: Iterable[Path], finished: bool) -> None:
 
 
 @cli.command()
-@click.option("--cp", type=PATH, required=True, help="run, checkpoint or Hugging Face model folder")
+@model_option(required=True)
 @click.option(
     "--data",
     type=PATH,
@@ -351,6 +293,7 @@ def open_model(cp: Path, device: str) -> Any:
 
 @cli.command()
 @ask_options
+@json_option
 @click.option("-k", "--top-k", type=click.IntRange(1, 1000), default=5, show_default=True, help="answers a mask")
 def fill(texts: tuple[str, ...], input_file: Path | None, cp: Path, device: str, as_json: bool, top_k: int) -> None:
     """Say what may stand at [MASK] in a text."""
@@ -366,6 +309,7 @@ def fill(texts: tuple[str, ...], input_file: Path | None, cp: Path, device: str,
 
 @cli.command()
 @ask_options
+@json_option
 def classify(texts: tuple[str, ...], input_file: Path | None, cp: Path, device: str, as_json: bool) -> None:
     """Say which class a text belongs to."""
     from bertling.inference import iter_texts
@@ -379,12 +323,14 @@ def classify(texts: tuple[str, ...], input_file: Path | None, cp: Path, device: 
 
 def note_truncated(one: Any, what: str, as_json: bool) -> None:
     """Say that a text was too long for the model; JSON has a field for it."""
+    from bertling.tables import shorten
+
     if one["truncated"] and not as_json:
         say(f"note: text {shorten(one['text'])}: longer than the model reads; {what}")
 
 
 @cli.command()
-@click.option("--cp", type=PATH, help="run, checkpoint or Hugging Face folder")
+@model_option(required=False)
 @click.option("--preset", default="modern", show_default=True, help="modern, bert, distilbert or seed")
 @click.option("--size", default="mini", show_default=True, help="mini, small or base")
 @click.option("--vocab-size", type=click.IntRange(8), default=8192, show_default=True)
@@ -398,14 +344,14 @@ def summary(cp: Path | None, preset: str, size: str, vocab_size: int, as_json: b
 
 
 def main() -> None:
-    """Run the command line: what goes wrong is one line and status 2; a Python error shows that this program is wrong."""
+    """Run the command line: what goes wrong is one line and status 2; a traceback means a fault in here."""
     words = [word for word in sys.argv[1:] if word != "--debug"]
     try:
         cli.main(args=words or ["--help"], prog_name="bertling", standalone_mode=False)
         sys.stdout.flush()
     except BrokenPipeError:
         forget_output()
-        sys.exit(128 + signal.SIGPIPE)  # as `head` leaves any other program
+        sys.exit(1)  # as click does where a write fails before the last flush
     except Exception as error:
         message = explain(error)
         if message is None or "--debug" in sys.argv:
@@ -436,8 +382,8 @@ def explain(error: Exception) -> str | None:
 
 def forget_output() -> None:
     """Send what is still buffered nowhere: Python would try again at the end, and complain."""
-    with contextlib.suppress(OSError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    with contextlib.suppress(OSError), open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

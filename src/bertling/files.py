@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -52,10 +52,23 @@ def atomic_write(path: Path, data: bytes | str) -> None:
 
 
 @contextmanager
+def parents_of(path: Path) -> Iterator[None]:
+    """Make the folders that `path` is to lie in; on failure those that were made are taken away again."""
+    made = [folder for folder in path.parents if not folder.exists()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        for folder in made:
+            with suppress(OSError):
+                folder.rmdir()
+        raise
+
+
+@contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it is flushed and renamed, on failure it is removed."""
-    with readable_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with readable_errors(path), parents_of(path):
         descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
         os.close(descriptor)
         temporary = Path(name)
@@ -77,8 +90,7 @@ def atomic_folder(target: Path, *, force: bool = False) -> Iterator[Path]:
     """
     if target.exists() and not force:
         raise BertlingError(f"{target}: exists already; give --force to replace it, or choose another name")
-    with readable_errors(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
+    with readable_errors(target), parents_of(target):
         temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
         try:
             yield temporary
@@ -93,6 +105,10 @@ def atomic_folder(target: Path, *, force: bool = False) -> Iterator[Path]:
             else:
                 os.replace(temporary, target)
             fsync_path(target.parent)
+        except BertlingError as error:
+            if str(temporary) not in str(error):
+                raise
+            raise BertlingError(str(error).replace(str(temporary), str(target))) from error.__cause__
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 

@@ -17,6 +17,7 @@ from bertling.labelled import (
     SeedSummary,
     check_agree,
     check_training,
+    labels_of,
     load_labelled,
     sst2_files,
     summarise_seeds,
@@ -63,7 +64,7 @@ class FinetuneResult:
                     "seed": one.seed,
                     "run": str(one.outcome.run),
                     "finished": one.outcome.finished,
-                    "best_accuracy": one.outcome.best_accuracy,
+                    "best_accuracy": one.outcome.best_accuracy if one.outcome.best_step else None,
                     "best_step": one.outcome.best_step,
                     **one.scores,
                 }
@@ -114,7 +115,8 @@ def finetune(start: Start, say: Say, *, from_scratch: bool = False) -> FinetuneR
                 break
         result = FinetuneResult(results, summarise_seeds([one.scores["accuracy"] for one in results]), floors)
         if ranks.first:
-            write_json(results[-1].outcome.run / "result.json", result.to_dict())
+            for seed in results:
+                write_json(seed.outcome.run / "result.json", result.to_dict())
         return result
     finally:
         distributed.leave()
@@ -168,10 +170,12 @@ def train_seed(
         )
         + f" of {settings.batch_size} texts; {runtime.describe()}"
     )
+    if task.train.truncated:
+        say(f"note: {task.train.truncated:,} training texts are longer than {seq_len} tokens, and cut there")
     run = open_run(start) if ranks.first else Path()
     say(f"run folder: {run}")
     outcome = Trainer(task, model, tokenizer, settings, runtime, ranks, run, state=start.state).train()
-    scores = evaluate_classifier(model, dev, tokenizer, runtime, seq_len=seq_len)
+    scores = evaluate_classifier(model, dev, task.dev_batches, runtime)
     return SeedResult(settings.seed, outcome, scores)
 
 
@@ -185,10 +189,12 @@ def load_texts(settings: Settings) -> tuple[LabelledTexts, LabelledTexts]:
     columns = {"text_column": settings.text_column, "label_column": settings.label_column}
     train, dev = (load_labelled(path, **columns) for path in paths)
     check_training(train)
-    if settings.train_input is None and train.names is None and train.num_labels == 2:
+    if settings.train_input is None and train.names is None and dev.names is None and train.num_labels == 2:
         train = replace(train, names=SST2_NAMES)
         dev = replace(dev, names=SST2_NAMES)
-    return train, check_agree(train, dev)
+    dev = check_agree(train, dev)
+    labels_of(dev)
+    return train, dev
 
 
 def build_classifier(start: Start, train: LabelledTexts, say: Say) -> tuple[BertForSequenceClassification, Tokenizer]:

@@ -190,7 +190,7 @@ def load(folder: str | Path, runtime: Runtime | None = None) -> Bertling:
 def iter_texts(
     arguments: Sequence[str], input_file: Path | None = None, stdin: IO[bytes] | None = None
 ) -> Iterator[list[str]]:
-    """Texts in chunks of up to 1,024: the arguments, else the lines of a file (.gz too), else of standard input.
+    """Texts in chunks of up to 1,024: the arguments, else the lines of a file (.gz too; - is no file), else of stdin.
 
     An empty line is an empty text, so that answers and lines stay in step.
     """
@@ -198,7 +198,7 @@ def iter_texts(
         raise BertlingError(f"--input {input_file}: texts were given as arguments too; give one or the other")
     if arguments:
         yield list(arguments)
-    elif input_file is not None:
+    elif input_file is not None and str(input_file) != "-":
         with open_bytes(input_file) as file:
             yield from _chunks(str(input_file), file)
     else:

@@ -28,6 +28,8 @@ WIDTH_STEP = 8
 """Widths are rounded up to this, so that few shapes occur."""
 
 Int64s = npt.NDArray[np.int64]
+PlacedBatch = tuple[Int64s, Batch]
+"""A batch with the places of its texts in the data."""
 
 
 @dataclass(frozen=True)
@@ -254,8 +256,8 @@ class LabelledBatches:
 
 def evaluation_batches(
     data: LabelledTexts, tokenizer: Tokenizer, *, batch_size: int, seq_len: int
-) -> list[tuple[Int64s, Batch]]:
-    """All texts once, sorted by length: each batch with the places of its texts in `data` (no labels: all -100)."""
+) -> list[PlacedBatch]:
+    """All texts once, sorted by length (no labels: all -100)."""
     rows = _Rows(data, tokenizer, seq_len)
     order = np.argsort(rows.lengths, kind="stable")
     parts = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]

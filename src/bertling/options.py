@@ -87,60 +87,15 @@ def setting_option(item: dataclasses.Field[Any], command: str) -> Callable[[F], 
     )
 
 
-def start_options(function: F) -> F:
-    """The options that say where a training begins."""
-    function = click.option("--resume", is_flag=True, help="go on with the newest unfinished run")(function)
-    function = click.option(
-        "--cp",
-        type=PATH,
-        help="run, checkpoint or Hugging Face model folder: go on with a run of this kind, else start from its weights",
-    )(function)
-    return click.option(
-        "-c",
-        "--config",
-        "configs",
-        type=PATH,
-        multiple=True,
-        help="settings file; several are read in their order  [default: config.ini, then local_config.ini]",
-    )(function)
+def together(*options: Callable[[F], F]) -> Callable[[F], F]:
+    """Several options as one decorator, in the order of --help."""
 
+    def decorate(function: F) -> F:
+        for option in reversed(options):
+            function = option(function)
+        return function
 
-def text_input_options(function: F) -> F:
-    """Where the text files are and how they are written, for `vocab` and `prepare`."""
-    function = click.option(
-        "--text-field", default="text", show_default=True, help="field of .jsonl and column of .parquet files"
-    )(function)
-    function = click.option(
-        "--wikitext/--no-wikitext",
-        default=None,
-        help="undo WikiText's @-@ and <unk>  [default: where the file has that form]",
-    )(function)
-    return click.option(
-        "-i",
-        "--input",
-        "inputs",
-        type=PATH,
-        multiple=True,
-        required=True,
-        help="text file: .txt .jsonl .parquet, also .gz .xz .zst; may be given several times",
-    )(function)
-
-
-def ask_options(function: F) -> F:
-    """The model to ask, and the texts to ask it about."""
-    function = device_option(function)
-    function = click.option("--cp", type=PATH, required=True, help="run, checkpoint or Hugging Face model folder")(
-        function
-    )
-    function = click.option("--input", "input_file", type=PATH, help="file of texts, one a line; - for standard input")(
-        function
-    )
-    return json_option(click.argument("texts", nargs=-1)(function))
-
-
-def device_option(function: F) -> F:
-    """Where a model computes."""
-    return click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or mps")(function)
+    return decorate
 
 
 def force_option(what: str) -> Callable[[F], F]:
@@ -148,6 +103,90 @@ def force_option(what: str) -> Callable[[F], F]:
     return click.option("--force", is_flag=True, help=f"replace {what}")
 
 
+def choice_option(name: str, choices: list[str], help: str) -> Callable[[F], F]:
+    """One of a few words, the first by default."""
+    return click.option(name, type=click.Choice(choices), default=choices[0], show_default=True, help=help)
+
+
 def json_option(function: F) -> F:
     """Answer for programs."""
     return click.option("--json", "as_json", is_flag=True, help="answer as JSON on standard output")(function)
+
+
+def model_option(*, required: bool) -> Callable[[F], F]:
+    """The model that is meant."""
+    return click.option("--cp", type=PATH, required=required, help="run, checkpoint or Hugging Face model folder")
+
+
+device_option = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or mps")
+
+start_options = together(
+    click.option(
+        "-c",
+        "--config",
+        "configs",
+        type=PATH,
+        multiple=True,
+        help="settings file; several are read in their order  [default: config.ini, then local_config.ini]",
+    ),
+    click.option(
+        "--cp",
+        type=PATH,
+        help="run, checkpoint or Hugging Face model folder: go on with a run of this kind, else start from its weights",
+    ),
+    click.option("--resume", is_flag=True, help="go on with the newest unfinished run"),
+)
+"""Where a training begins."""
+
+input_options = together(
+    click.option(
+        "-i",
+        "--input",
+        "inputs",
+        type=PATH,
+        multiple=True,
+        required=True,
+        help="text file: .txt .jsonl .parquet, also .gz .xz .zst; may be given several times",
+    ),
+    click.option(
+        "--wikitext/--no-wikitext",
+        default=None,
+        help="undo WikiText's @-@ and <unk>  [default: where the file has that form]",
+    ),
+    click.option("--text-field", default="text", show_default=True, help="field of .jsonl and column of .parquet"),
+)
+"""Where raw text is, and how it is written."""
+
+prepare_options = together(
+    click.option("-l", "--label", required=True, help="name of the data set"),
+    click.option("-o", "--output", type=PATH, required=True, help="folder for the data sets"),
+    click.option("-m", "--max-len", type=int, default=128, show_default=True, help="ids in a row, [CLS] and [SEP] too"),
+    click.option("-v", "--vocab", "vocabulary", type=PATH, required=True, help="vocab.txt or its folder"),
+    click.option("-s", "--seed", type=int, default=123, show_default=True, help="of the split and of static masks"),
+    choice_option(
+        "--method",
+        ["split", "segment"],
+        "split: token ids in exact lengths; segment: text cut every (max-len - 2) * 4 characters",
+    ),
+    choice_option(
+        "--format",
+        ["shards", "msgpack"],
+        "shards: masks drawn in training; msgpack: static masks, the seed's layout",
+    ),
+    click.option("--val-input", "val_inputs", type=PATH, multiple=True, help="official validation file"),
+    click.option("--test-input", "test_inputs", type=PATH, multiple=True, help="official test file"),
+    click.option("--split", "shares", help="shares of train, val, test, as 0.8,0.1,0.1"),
+    click.option("--clean", is_flag=True, help="keep only letters, digits, white space and , . ! ? ' \" -"),
+    click.option("--drop-duplicates", is_flag=True, help="leave out repeated documents and lines"),
+    click.option("--workers", type=click.IntRange(1, 1024), help="processes  [default: all cores]"),
+    force_option("data sets of the same name"),
+)
+"""What `prepare` makes of raw text; the names are those of its parameters."""
+
+ask_options = together(
+    click.argument("texts", nargs=-1),
+    click.option("--input", "input_file", type=PATH, help="file of texts, one a line; - for standard input"),
+    model_option(required=True),
+    device_option,
+)
+"""The model to ask, and the texts to ask it about."""

@@ -86,7 +86,7 @@ def _title(run_folder: Path) -> tuple[str, str]:
     facts = read_json(path, "description of a run") if path.exists() else {}
     given = facts.get("settings")
     settings = {key.replace("-", "_"): value for key, value in given.items()} if isinstance(given, dict) else {}
-    task = str(settings.get("task_type") or "")
+    task = "classification" if settings.get("train_input") else str(settings.get("task_type") or "")
     model = " ".join(str(settings[key]) for key in ("preset", "size") if settings.get(key))
     shape = " x ".join(str(settings[key]) for key in ("n_layers", "d_model") if settings.get(key))
     batch = " x ".join(str(settings[key]) for key in ("batch_size", "seq_len") if settings.get(key))

@@ -240,6 +240,9 @@ def preset_config(
         raise BertlingError(f"size = {size!r}: no such size; choose one of {', '.join(SIZES)}")
     layers, width, heads = SIZES[size]
     width = width if hidden_size is None else hidden_size
+    heads = heads if num_attention_heads is None else num_attention_heads
+    if width % heads:
+        raise BertlingError(f"heads = {heads} does not divide d-model = {width}: choose heads that do")
     if size == "base":
         layers = BASE_LAYERS[name]
     values = PRESETS[name] | {
@@ -248,7 +251,7 @@ def preset_config(
         "pad_token_id": pad_token_id,
         "hidden_size": width,
         "num_hidden_layers": layers if num_hidden_layers is None else num_hidden_layers,
-        "num_attention_heads": heads if num_attention_heads is None else num_attention_heads,
+        "num_attention_heads": heads,
         "intermediate_size": mlp_width(width, glu=PRESETS[name]["glu"]),
     }
     if dropout is not None:

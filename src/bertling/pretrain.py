@@ -139,7 +139,10 @@ def load_data(settings: Settings, explicit: frozenset[str], tokenizer: Tokenizer
             "again with -m, or set seq-len to that"
         )
     if val.seq_len != train[0].seq_len:
-        raise BertlingError(f"{val.path}: has rows of {val.seq_len} ids, {train[0].path} of {train[0].seq_len}")
+        raise BertlingError(
+            f"{val.path}: has rows of {val.seq_len} ids, {train[0].path} of {train[0].seq_len}; prepare both with the "
+            "same -m"
+        )
     return MaskedLMData(train, val, tokenizer or find_vocabulary(settings, train[0].path))
 
 
@@ -213,7 +216,7 @@ def introduce(
         + (f"; {ranks.world_size} processes" if ranks.world_size > 1 else "")
     )
     if steps and settings.val_interval:
-        # The whole set is scored each time: with a tenth of the corpus and a short interval that outweighs the training.
+        # The whole set is scored each time: a tenth of the corpus at short intervals outweighs the training.
         share = data.val.rows / (settings.val_interval * settings.batch_size)
         if share > 0.5:
             say(

@@ -15,7 +15,7 @@ from bertling import batches, labelled
 from bertling.batches import Batch, MaskedBatches
 from bertling.distributed import Ranks
 from bertling.illustrate import Illustration, illustrate
-from bertling.labelled import LabelledBatches, LabelledTexts
+from bertling.labelled import LabelledBatches, LabelledTexts, PlacedBatch
 from bertling.runtime import Runtime
 from bertling.samples import Samples, unigram_floors
 from bertling.tokenizer import Tokenizer
@@ -87,22 +87,23 @@ class MaskedLMTask:
         return evaluate_masked_lm(model, self.val, self.tokenizer, runtime, ranks)
 
     def illustrate(self, model: nn.Module, runtime: Runtime, turn: int) -> Illustration:
-        start = turn % max(1, self.val.rows // EVAL_BATCH)
         examples = batches.evaluation_batches(
             self.val,
             self.tokenizer,
             batch_size=1,
             **EVAL_MASKS._asdict(),
-            rank=start * EVAL_BATCH,
+            rank=turn % self.val.rows,
             world_size=self.val.rows,
         )
         batch = next(examples)
         assert batch.positions is not None
+        model.eval()
         with torch.inference_mode(), runtime.autocast():
             on_device = batch.to(runtime.device)
             logits: Tensor = model.forward(
                 on_device.input_ids, on_device.attention_mask, positions=on_device.positions
             )  # [M, V]
+        model.train()
         used = batch.labels != -100
         return illustrate(
             self.tokenizer.tokens(batch.input_ids[0].tolist()),
@@ -157,7 +158,8 @@ class ClassificationTask:
     ) -> None:
         self.train = LabelledBatches(train, tokenizer, batch_size=batch_size, seq_len=seq_len, seed=seed)
         self.steps_per_epoch = float(self.train.steps_per_epoch)
-        self.dev, self.tokenizer, self.seq_len = dev, tokenizer, seq_len
+        self.dev = dev
+        self.dev_batches = classifier_batches(dev, tokenizer, seq_len)
         self.num_labels = train.num_labels
         self.floors = floors
 
@@ -170,7 +172,7 @@ class ClassificationTask:
 
     def evaluate(self, model: nn.Module, runtime: Runtime, ranks: Ranks) -> dict[str, float]:
         # The dev sets of classification are small: every process scores all of it, and nothing has to be exchanged.
-        scores = evaluate_classifier(model, self.dev, self.tokenizer, runtime, seq_len=self.seq_len)
+        scores = evaluate_classifier(model, self.dev, self.dev_batches, runtime)
         return {"eval/loss": scores["loss"], "eval/accuracy": scores["accuracy"], "eval/macro_f1": scores["macro_f1"]}
 
     def illustrate(self, model: nn.Module, runtime: Runtime, turn: int) -> None:
@@ -185,15 +187,20 @@ def classification_floors(train: LabelledTexts, dev: LabelledTexts) -> dict[str,
     }
 
 
+def classifier_batches(dev: LabelledTexts, tokenizer: Tokenizer, seq_len: int) -> list[PlacedBatch]:
+    """All texts of a set, tokenized once for any number of evaluations."""
+    return labelled.evaluation_batches(dev, tokenizer, batch_size=EVAL_BATCH, seq_len=seq_len)
+
+
 def evaluate_classifier(
-    model: nn.Module, dev: LabelledTexts, tokenizer: Tokenizer, runtime: Runtime, *, seq_len: int
+    model: nn.Module, dev: LabelledTexts, dev_batches: Sequence[PlacedBatch], runtime: Runtime
 ) -> dict[str, Any]:
     """Loss, accuracy, macro_f1 and confusion[true][predicted] over the whole set."""
     truth = labelled.labels_of(dev)
     predictions = np.zeros_like(truth)
     loss = 0.0
     model.eval()
-    for places, batch in labelled.evaluation_batches(dev, tokenizer, batch_size=EVAL_BATCH, seq_len=seq_len):
+    for places, batch in dev_batches:
         on_device = batch.to(runtime.device)
         with torch.inference_mode(), runtime.autocast():
             logits: Tensor = model.forward(on_device.input_ids, on_device.attention_mask)

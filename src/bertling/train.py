@@ -10,7 +10,7 @@ from pathlib import Path
 from types import FrameType
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bertling.batches import Batch
 from bertling.checkpoint import TrainingState, save_checkpoint

@@ -11,7 +11,9 @@ from bertling.model import BertForMaskedLM
 from bertling.runtime import Runtime, build_runtime
 from bertling.samples import open_samples
 from bertling.settings import parse_settings
-from bertling.tasks import EVAL_MASKS, evaluate_classifier, evaluate_masked_lm, mlm_floors
+from bertling.tasks import EVAL_MASKS, classifier_batches, evaluate_classifier, evaluate_masked_lm, mlm_floors
+
+TABLES = (".tsv", ".csv", ".jsonl", ".parquet")
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,16 @@ def evaluate(
     runtime = build_runtime(parse_settings({"device": device}))
     loaded.model.to(runtime.device)
     if isinstance(loaded.model, BertForMaskedLM):
+        if data.name.removesuffix(".gz").endswith(TABLES):
+            raise BertlingError(
+                f"{data}: labelled texts, but {cp} is a masked language model: name a data set of 'bertling prepare', "
+                "or a fine-tuned checkpoint"
+            )
         return score_masked_lm(loaded, data, runtime)
+    if data.is_dir():
+        raise BertlingError(
+            f"{data}: a folder, but {cp} is a classifier: name a file of labelled texts (.tsv .csv .jsonl .parquet)"
+        )
     return score_classifier(loaded, load_labelled(data, text_column=text_column, label_column=label_column), runtime)
 
 
@@ -76,8 +87,10 @@ def score_classifier(loaded: Loaded, texts: LabelledTexts, runtime: Runtime) -> 
     labels = labels_of(texts)
     if int(labels.max()) >= config.num_labels:
         raise BertlingError(
-            f"{texts.path}: label {int(labels.max())}: the model knows {config.num_labels} classes; use data of its task"
+            f"{texts.path}: label {int(labels.max())}: the model knows {config.num_labels} classes; "
+            "use data of its task"
         )
-    scores = evaluate_classifier(loaded.model, texts, loaded.tokenizer, runtime, seq_len=config.max_position_embeddings)
+    batches = classifier_batches(texts, loaded.tokenizer, config.max_position_embeddings)
+    scores = evaluate_classifier(loaded.model, texts, batches, runtime)
     majority = max(sum(row) for row in scores["confusion"]) / len(labels)
     return Evaluation(f"{texts.path.name}, all {len(labels):,} texts", {**scores, "majority class": majority})

@@ -7,7 +7,7 @@ import re
 import sysconfig
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, distribution
 from importlib.util import find_spec
 from itertools import zip_longest
@@ -74,11 +74,12 @@ COMMON_WORDS = frozenset(
 )
 
 
-def collect_english(limit_bytes: int) -> list[str]:
+def collect_english(limit_bytes: int, progress: Callable[[int, int], None] | None = None) -> list[str]:
     """Documents of English prose, one paragraph a line, of at most `limit_bytes` of UTF-8 in all, in a fixed order.
 
     Sources take turns, so that a small limit still holds something of each. No module is imported and no sentence
-    comes twice. Raises BertlingError where the installation has too little text (less than 500 kB).
+    comes twice. `progress` gets the bytes so far and the limit. Raises BertlingError where the installation has too
+    little text (less than 500 kB).
     """
     sources = [_topics(), _readmes(), *(_modules(root) for root in _roots())]
     seen: set[str] = set()
@@ -90,6 +91,8 @@ def collect_english(limit_bytes: int) -> list[str]:
             if item is not None and document and size + len(document) <= limit_bytes:
                 size += len(document)
                 found.append((rank, item[0], document))
+        if progress is not None:
+            progress(size, limit_bytes)
         if size >= limit_bytes * 0.99:
             break
     if size < min(MINIMUM_BYTES, limit_bytes // 2):

@@ -21,8 +21,8 @@ def make_vocabulary(
     output: Path,
     size: int,
     *,
+    options: TextOptions,
     lowercase: bool = True,
-    options: TextOptions = TextOptions(),
     force: bool = False,
 ) -> dict[str, Any]:
     """Train a WordPiece vocabulary on the files and write it to `output`; an existing one is kept unless `force`."""

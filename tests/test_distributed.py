@@ -1,0 +1,219 @@
+"""Two processes train as one does; a launch passes on settings, signals and statuses; bad input never gets there."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import TINY
+from safetensors.torch import load_file
+from torch.distributed.elastic.multiprocessing import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+from bertling import cli, distributed
+from bertling.checkpoint import load_state
+from bertling.distributed import Ranks, join, launch
+from bertling.files import BertlingError
+from bertling.finetune import FinetuneResult
+from bertling.runlog import read_metrics
+from bertling.settings import Settings, key_of
+from bertling.train import Outcome
+
+# An odd number of rows for two processes, cut into several micro-batches on each.
+SHAPE: dict[str, Any] = {**TINY, "batch_size": 9, "micro_batch_size": 2, "dropout": 0.0, "learning_rate": 5e-3}
+TORCHRUN = [
+    sys.executable,
+    "-m",
+    "torch.distributed.run",
+    "--standalone",
+    "--nproc-per-node",
+    "2",
+    "-m",
+    "--",
+    "bertling",
+]
+
+
+def flags(**settings: Any) -> list[str]:
+    return [word for name, value in settings.items() for word in (f"--{key_of(name)}", str(value))]
+
+
+def start(command: list[str], folder: Path) -> "subprocess.Popen[str]":
+    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    return subprocess.Popen(
+        command,
+        cwd=folder,
+        env=environment | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def losses(run: Path) -> dict[int, float]:
+    entries = read_metrics(run)
+    steps = [entry["step"] for entry in entries if "train/loss" in entry]
+    assert steps == sorted(set(steps))
+    return {entry["step"]: entry["train/loss"] for entry in entries if "train/loss" in entry}
+
+
+def evaluations(run: Path) -> list[dict[str, float]]:
+    keys = ("step", "eval/loss", "eval/accuracy", "floor/unigram")
+    return [{key: entry[key] for key in keys if key in entry} for entry in read_metrics(run) if "eval/loss" in entry]
+
+
+def assert_same_curve(one: Path, two: Path, steps: int) -> None:
+    expected, found = losses(one), losses(two)
+    assert sorted(expected) == sorted(found) == list(range(1, steps + 1))
+    assert [found[step] for step in expected] == pytest.approx(list(expected.values()), rel=1e-4)
+    for first, second in zip(evaluations(one), evaluations(two), strict=True):
+        assert second == pytest.approx(first, rel=1e-4, abs=0.02)  # accuracies: a near tie may fall the other way
+    weights = [load_file(run / "checkpoints" / "last" / "model.safetensors") for run in (one, two)]
+    for name, value in weights[0].items():
+        torch.testing.assert_close(weights[1][name], value, atol=2e-3, rtol=1e-2)
+
+
+def test_torchrun_trains_as_one_process_does(work: Path, train_mlm: Callable[..., Outcome]) -> None:
+    shape = SHAPE | {"max_iters": 20, "val_interval": 10}
+    process = start([*TORCHRUN, "pretrain", *flags(base_dir=work, run_id="two", **shape)], work)
+    one = train_mlm(**shape)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert "; 2 processes" in err
+    assert out.count("validation accuracy") == 1  # only one of them answers
+    assert err.count("settings: ") == err.count("run folder: ") == 1
+    assert_same_curve(one.run, work / "runs" / "two", 20)
+    assert (work / "runs" / "two" / "accuracy.png").exists()
+
+
+def test_ddp_fine_tunes_as_one_process_does(work: Path, train_classifier: Callable[..., FinetuneResult]) -> None:
+    # 61 texts in batches of 7: the last batch of an epoch has 5, of which one process gets 2.
+    shape = SHAPE | {"batch_size": 7, "max_iters": 20, "preset": "bert", "val_interval": 10}
+    texts = {"train_input": work / "train.tsv", "val_input": work / "dev.tsv"}
+    command = [sys.executable, "-m", "bertling", "finetune", "--from-scratch", "--ddp", "--nproc", "2"]
+    process = start([*command, *flags(base_dir=work, run_id="two", **texts, **shape)], work)
+    one = train_classifier(from_scratch=True, **shape).seeds[0]
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert_same_curve(one.outcome.run, work / "runs" / "two", 20)
+    assert (work / "runs" / "two" / "result.json").exists()
+
+
+def test_a_signal_to_the_launcher_saves_and_can_be_resumed_by_one_process(
+    work: Path, train_mlm: Callable[..., Outcome]
+) -> None:
+    shape = SHAPE | {"max_iters": 399, "max_minutes": 60.0}
+    command = [sys.executable, "-m", "bertling", "pretrain", "--ddp", "--nproc", "2"]
+    process = start([*command, *flags(base_dir=work, run_id="two", **shape)], work)
+    run = work / "runs" / "two"
+    deadline = time.monotonic() + 240
+    while not ((run / "logs" / "metrics.jsonl").exists() and len(losses(run)) >= 20):
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == cli.STOPPED, err
+    assert "Traceback" not in err
+    state = load_state(run / "checkpoints" / "last")
+    assert state is not None
+    step = state.numbers["step"]
+    assert step in (max(losses(run)), max(losses(run)) + 1)
+    assert train_mlm(cp=run, max_iters=step + 1, ddp=False).finished
+
+
+@pytest.fixture
+def no_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is started, and this process is none of several."""
+    for name in ("RANK", "WORLD_SIZE", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("torch.distributed.run.main", lambda words: pytest.fail("started"))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["pretrain", "--dataset-pattern", "nothing_*"], "nothing_*"),
+        (["pretrain", "--seq-len", "64"], "seq-len = 64: "),
+        (["pretrain", "--heads", "3"], "heads = 3 does not divide d-model = 256"),
+        (["pretrain", "--batch-size", "1"], "batch-size = 1 is less than one row for each of the 2 processes"),
+        (["pretrain", "--cp", "nowhere"], "nowhere: no such folder"),
+        (["finetune"], "--cp: name the checkpoint to fine-tune"),
+        (["finetune", "--from-scratch"], "validation-00000-of-00001.parquet"),
+        (["finetune", "--from-scratch", "--train-input", "one.tsv", "--val-input", "one.tsv"], "all labels are of one"),
+    ],
+)
+def test_bad_input_is_one_line_before_anything_is_launched(
+    work: Path,
+    no_launch: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    words: list[str],
+    message: str,
+) -> None:
+    (work / "one.tsv").write_text("sentence\tlabel\na\t1\nb\t1\n")
+    monkeypatch.chdir(work)
+    monkeypatch.setattr(sys, "argv", ["bertling", *words, "--ddp", "--nproc", "2"])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    captured = capsys.readouterr()
+    errors = [line for line in captured.err.splitlines() if not line.startswith("settings: ")]
+    assert (end.value.code, captured.out, len(errors)) == (2, "", 1)
+    assert errors[0].startswith("error: ")
+    assert message in errors[0]
+    assert not (work / "runs").exists()
+
+
+def test_a_launch_passes_its_settings_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[list[str]] = []
+    monkeypatch.setattr("torch.distributed.run.main", calls.append)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert launch(Settings(nproc=3), ["pretrain", "--ddp"]) == 0
+    assert launch(Settings(nproc=2, dist_master_addr="10.0.0.1", dist_master_port=12233), ["finetune"]) == 0
+    assert calls[0][-4:] == ["--", "bertling", "pretrain", "--ddp"]
+    assert {"--nproc-per-node=3", "--standalone"} <= set(calls[0])
+    assert {"--nproc-per-node=2", "--master-addr=10.0.0.1", "--master-port=12233"} <= set(calls[1])
+    assert "--standalone" not in calls[1]
+
+
+@pytest.mark.parametrize(("exitcode", "status"), [(2, 2), (3, 3), (-9, 1)])
+def test_a_launch_ends_with_the_status_of_what_failed(
+    monkeypatch: pytest.MonkeyPatch, exitcode: int, status: int
+) -> None:
+    def fail(words: list[str]) -> None:
+        raise ChildFailedError("bertling", {0: ProcessFailure(0, 1, exitcode, "")})
+
+    monkeypatch.setattr("torch.distributed.run.main", fail)
+    assert launch(Settings(nproc=2), []) == status
+
+
+def test_a_launch_that_signals_end_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(words: list[str]) -> None:
+        raise SignalException("stopped", signal.SIGINT)
+
+    monkeypatch.setattr("torch.distributed.run.main", stop)
+    assert launch(Settings(nproc=2), []) is None
+
+
+def test_fewer_rows_than_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(BertlingError, match="batch-size = 3 is less than one row for each of the 4 processes: raise"):
+        join(Settings(batch_size=3))
+
+
+def test_a_process_that_is_alone_exchanges_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    ranks = join(Settings())
+    assert ranks == Ranks()
+    assert ranks.first
+    assert ranks.from_first([1.5, 2.0]) == [1.5, 2.0]
+    assert ranks.sum(torch.tensor(3.0)) == 3
+    ranks.wait()
+    assert not distributed.dist.is_initialized()

@@ -1,0 +1,163 @@
+"""Fine-tuning through the command: formats of labelled texts, SST-2's files, seeds, floors, what is written."""
+
+import csv
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from commands import SMALL, VOCAB, Ended, World, bertling, make_world, write_labelled
+
+from bertling.finetune import FinetuneResult, SeedResult
+from bertling.labelled import load_labelled, summarise_seeds
+from bertling.runtime import Runtime
+from bertling.tasks import ClassificationTask
+from bertling.tokenizer import Tokenizer
+from bertling.train import Outcome
+
+SHARED = Path(__file__).parents[2] / "shared" / "data" / "sst2"
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return make_world(tmp_path_factory.getbasetemp())
+
+
+def finetune(world: World, base: Path, *words: object, steps: int = 2) -> Ended:
+    return bertling(
+        "finetune",
+        *["--base-dir", base, "--batch-size", 8, "--max-iters", steps, "--val-interval", 2],
+        *["--dtype", "fp32", "--threads", 1, "--json"],
+        *words,
+    )
+
+
+def rows_of(path: Path) -> list[tuple[str, int]]:
+    data = load_labelled(path)
+    assert data.labels is not None
+    return list(zip(data.texts, data.labels.tolist(), strict=True))
+
+
+def write_parquet(path: Path, rows: list[tuple[str, int]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    texts, labels = zip(*rows, strict=True)
+    pyarrow.parquet.write_table(pyarrow.table({"idx": range(len(rows)), "sentence": texts, "label": labels}), path)
+    return path
+
+
+def test_sst2_files_are_found_in_the_work_folder(world: World, tmp_path: Path) -> None:
+    for split, path in (("train", world.train), ("validation", world.dev)):
+        write_parquet(tmp_path / "datasets" / f"{split}-00000-of-00001.parquet", rows_of(path))
+    unlabelled = [(text, -1) for text, _ in rows_of(world.dev)]
+    write_parquet(tmp_path / "datasets" / "test-00000-of-00001.parquet", unlabelled)
+    done = finetune(world, tmp_path, "--cp", world.mlm)
+    run = Path(done.answer["seeds"][0]["run"])
+    assert run == tmp_path / "runs" / "run0"
+    assert "classes: negative, positive" in done.err
+    assert "fresh, because the checkpoint has none for this task: classifier" in done.err
+    config = json.loads((run / "checkpoints" / "last" / "config.json").read_text())
+    assert config["id2label"] == {"0": "negative", "1": "positive"}
+    assert (run / "checkpoints" / "best" / "model.safetensors").is_file()
+    assert (run / "accuracy.png").is_file()
+    assert json.loads((run / "run.json").read_text()) == {"task": "sst2", "finished": True}
+
+
+@pytest.mark.parametrize("form", ["csv", "jsonl", "parquet"])
+def test_labelled_texts_come_in_many_forms(form: str, world: World, tmp_path: Path) -> None:
+    paths = [tmp_path / f"train.{form}", tmp_path / f"dev.{form}"]
+    for path, source in zip(paths, (world.train, world.dev), strict=True):
+        rows = [(f'{text}, "{i}"', label) for i, (text, label) in enumerate(rows_of(source))]
+        if form == "csv":
+            with path.open("w", newline="") as file:
+                csv.writer(file).writerows([("label", "review"), *((label, text) for text, label in rows)])
+        elif form == "jsonl":
+            names = ("bad", "good")
+            path.write_text("".join(json.dumps({"text": t, "class": names[label]}) + "\n" for t, label in rows))
+        else:
+            write_parquet(path, rows)
+    done = finetune(world, tmp_path, "--cp", world.mlm, "--train-input", paths[0], "--val-input", paths[1])
+    assert sum(map(sum, done.answer["seeds"][0]["confusion"])) == 20
+    assert f"classes: {'bad, good' if form == 'jsonl' else '0, 1'}" in done.err
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="needs the SST-2 files")
+def test_files_of_glue_as_they_are(world: World, tmp_path: Path) -> None:
+    for name, lines in (("train.tsv", 300), ("dev.tsv", 100)):
+        with (SHARED / name).open() as file:
+            (tmp_path / name).write_text("".join(next(file) for _ in range(lines)))
+    inputs = ["--train-input", tmp_path / "train.tsv", "--val-input", tmp_path / "dev.tsv"]
+    done = finetune(world, tmp_path, "--cp", world.mlm, *inputs)
+    assert "data: 299 texts to train on, 99 to evaluate on" in done.err
+    assert 0.5 < done.answer["floors"]["majority"] < 0.6
+    assert 0.5 < done.answer["floors"]["bag_of_words"] < 0.8
+
+
+def test_seeds_have_a_run_each_and_one_result(world: World, tmp_path: Path) -> None:
+    inputs = ["--train-input", world.train, "--val-input", world.dev]
+    done = finetune(world, tmp_path, "--cp", world.mlm, *inputs, "--seeds", 3, "--seed", 5, "--run-id", "mine")
+    result = done.answer
+    assert [one["seed"] for one in result["seeds"]] == [5, 6, 7]
+    runs = [Path(one["run"]) for one in result["seeds"]]
+    assert [run.name for run in runs] == ["mine-seed5", "mine-seed6", "mine-seed7"]
+    assert [json.loads((run / "result.json").read_text()) for run in runs] == [result] * 3
+    assert [f"seed = {seed}\n" in (run / "config.ini").read_text() for seed, run in zip((5, 6, 7), runs, strict=True)]
+    accuracies = [one["accuracy"] for one in result["seeds"]]
+    assert result["accuracy"] == vars(summarise_seeds(accuracies))
+    assert len({one["loss"] for one in result["seeds"]}) == 3
+    assert result["floors"]["majority"] == 0.5
+
+
+def test_a_collapsed_seed_is_counted() -> None:
+    outcome = Outcome(Path("runs/run0"), 9, 1.0, {}, 0.5, 9, True)
+    scores = [{"accuracy": value, "macro_f1": 0.4, "confusion": [[1, 0], [1, 0]]} for value in (0.5, 0.51, 0.8)]
+    seeds = [SeedResult(seed, outcome, one) for seed, one in enumerate(scores)]
+    result = FinetuneResult(seeds, summarise_seeds([0.5, 0.51, 0.8]), {"floor/majority": 0.505})
+    assert result.to_dict()["collapsed"] == 2
+    assert "mean of 3 seeds: 60.3%, sd 17.0%" in result.text()
+    assert "collapsed: 2" in result.text()
+    one = FinetuneResult(seeds[:1], summarise_seeds([0.5]), {"floor/majority": 0.505, "floor/bag_of_words": 0.6})
+    assert one.text().splitlines()[:2] == ["accuracy 50.0%", "floors: majority class 50.5%, bag of words 60.0%"]
+
+
+def test_from_scratch_learns_separable_texts(world: World, tmp_path: Path) -> None:
+    inputs = ["--train-input", world.train, "--val-input", world.dev, "--vocab", VOCAB]
+    fast = ["--learning-rate", 5e-3, "--val-interval", 100, "--dropout", 0]
+    done = finetune(world, tmp_path, "--from-scratch", *SMALL, *inputs, *fast, steps=60)
+    assert done.answer["accuracy"]["mean"] == 1.0
+    assert done.answer["seeds"][0]["confusion"] == [[10, 0], [0, 10]]
+    assert "weights:" not in done.err
+    asked = bertling("classify", "--cp", tmp_path / "runs" / "run0", "her voice was lovely on day 3", "--json")
+    assert asked.answer["label"] == "1"
+    scored = bertling("evaluate", "--cp", tmp_path / "runs" / "run0", "--data", world.dev, "--json").answer
+    assert scored["confusion"] == [[10, 0], [0, 10]]
+
+
+def test_texts_that_are_cut_are_said(world: World, tmp_path: Path) -> None:
+    inputs = ["--train-input", world.train, "--val-input", world.dev, "--seq-len", 8]
+    done = finetune(world, tmp_path, "--cp", world.mlm, *inputs)
+    assert "note: 40 training texts are longer than 8 tokens, and cut there" in done.err
+
+
+def test_the_dev_set_is_tokenized_once(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = Tokenizer.load(VOCAB)
+    data = load_labelled(world.dev)
+    task = ClassificationTask(data, data, tokenizer, batch_size=8, seq_len=32, seed=1, floors={})
+    import torch
+
+    from bertling.checkpoint import load_checkpoint
+    from bertling.distributed import Ranks
+
+    model = load_checkpoint(world.classifier).model
+    runtime = Runtime(torch.device("cpu"), torch.float32, compile=False)
+    first = task.evaluate(model, runtime, Ranks())
+    monkeypatch.setattr(Tokenizer, "encode_batch", None)
+    assert task.evaluate(model, runtime, Ranks()) == first
+
+
+def test_labels_of_the_dev_set_are_those_of_training(world: World, tmp_path: Path) -> None:
+    dev = tmp_path / "dev.tsv"
+    dev.write_text(write_labelled(tmp_path / "all.tsv", 20).read_text().replace("\t0", "\t7"))
+    done = finetune(world, tmp_path, "--cp", world.mlm, "--train-input", world.train, "--val-input", dev)
+    assert replace(done, out="").error.startswith(f"{dev}: label '7' does not occur in {world.train}")

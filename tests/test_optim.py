@@ -1,0 +1,144 @@
+"""Learning rates over a run, which weights decay, which ones Muon takes, and states that come back bit-equal."""
+
+from collections.abc import Callable
+from itertools import pairwise
+
+import pytest
+import torch
+
+from bertling.model import BertForMaskedLM
+from bertling.optim import build_optimizers, build_schedule, pack_state, set_learning_rate, unpack_state
+from bertling.presets import preset_config
+from bertling.settings import Settings
+
+CPU = torch.device("cpu")
+
+
+def rates(settings: Settings, steps: int) -> list[float]:
+    """The learning rate of each step, as the training loop asks for it."""
+    schedule = build_schedule(settings, steps)
+    return [settings.learning_rate * schedule.factor((step + 1) / steps) for step in range(steps)]
+
+
+def test_cosine_rises_falls_to_the_floor_and_stays_there() -> None:
+    settings = Settings(
+        learning_rate=1e-3, min_learning_rate=5e-5, warmup_iters=100, lr_decay_iters=900, max_iters=1200
+    )
+    course = rates(settings, 1200)
+    assert course[0] == pytest.approx(1e-5)
+    assert course[49] == pytest.approx(5e-4)
+    assert course[99] == pytest.approx(1e-3)
+    assert course[499] == pytest.approx((1e-3 + 5e-5) / 2)  # half way down
+    assert course[899:] == pytest.approx([5e-5] * 301)
+    assert all(a > b for a, b in pairwise(course[99:900]))
+
+
+def test_trapezoid_rises_stays_and_falls_linearly() -> None:
+    settings = Settings(learning_rate=1.0, schedule="trapezoid", cooldown=0.4, warmup_iters=10)
+    course = rates(settings, 100)
+    assert course[:10] == pytest.approx([0.1 * i for i in range(1, 11)])
+    assert course[9:60] == pytest.approx([1.0] * 51)
+    assert course[60:] == pytest.approx([1 - i / 40 for i in range(1, 41)], abs=1e-9)
+
+
+def test_a_cooldown_longer_than_the_run_begins_behind_the_warm_up() -> None:
+    schedule = build_schedule(Settings(schedule="trapezoid", cooldown=1.0, warmup_iters=20), 100)
+    assert [schedule.factor(x) for x in (0.1, 0.2, 0.6, 1.0)] == pytest.approx([0.5, 1.0, 0.5, 0.0])
+
+
+@pytest.mark.parametrize("kind", ["cosine", "trapezoid"])
+def test_what_is_unset_follows_from_the_length_of_the_run(kind: str) -> None:
+    pretraining = build_schedule(Settings(schedule=kind), 1000)
+    assert (pretraining.warmup, pretraining.decay_end, pretraining.floor) == (0.02, 1.0, 0.0)
+    assert build_schedule(Settings(task_type="sst2"), 1000).warmup == 0.06
+    assert build_schedule(Settings(schedule=kind), None) == pretraining  # by the clock
+
+
+@pytest.mark.parametrize("kind", ["cosine", "trapezoid"])
+def test_a_warm_up_as_long_as_the_run_divides_by_nothing(kind: str) -> None:
+    assert rates(Settings(schedule=kind, learning_rate=1.0, warmup_iters=5), 5) == pytest.approx(
+        [0.2, 0.4, 0.6, 0.8, 0]
+    )
+    assert rates(Settings(schedule=kind, learning_rate=1.0, warmup_iters=0), 1) == [0.0]
+
+
+@pytest.fixture
+def make_model() -> Callable[[], BertForMaskedLM]:
+    def make() -> BertForMaskedLM:
+        config = preset_config(
+            "seed",
+            "mini",
+            70,
+            max_position_embeddings=8,
+            pad_token_id=0,
+            hidden_size=16,
+            num_hidden_layers=2,
+            dropout=0,
+        )
+        return BertForMaskedLM(config, torch.Generator().manual_seed(0))
+
+    return make
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_only_matrices_decay(make_model: Callable[[], BertForMaskedLM], optimizer: str) -> None:
+    model = make_model()
+    built = build_optimizers(model, Settings(optimizer=optimizer, weight_decay=0.3), CPU)
+    decays = {p: group["weight_decay"] for one in built for group in one.param_groups for p in group["params"]}
+    assert len(decays) == len(list(model.parameters()))
+    for name, parameter in model.named_parameters():
+        assert decays[parameter] == (0.3 if parameter.ndim == 2 else 0.0), name
+
+
+def test_muon_takes_the_matrices_of_the_encoder_and_nothing_else(make_model: Callable[[], BertForMaskedLM]) -> None:
+    model = make_model()
+    adamw, muon = build_optimizers(model, Settings(optimizer="muon", muon_learning_rate=0.05), CPU)
+    assert isinstance(muon, torch.optim.Muon)
+    taken = {p for group in muon.param_groups for p in group["params"]}
+    names = {name.split(".", 3)[3] for name, p in model.named_parameters() if p in taken}
+    assert names == {
+        "attention.qkv_proj.weight",
+        "attention.out_proj.weight",
+        "mlp.up_proj.weight",
+        "mlp.down_proj.weight",
+    }
+    assert len(taken) == 8
+    assert set_learning_rate([adamw, muon], 0.5) == pytest.approx(5e-4)
+    assert muon.param_groups[0]["lr"] == pytest.approx(0.025)
+    assert [type(one) for one in build_optimizers(model, Settings(), CPU)] == [torch.optim.AdamW]
+
+
+def train(model: BertForMaskedLM, optimizers: list[torch.optim.Optimizer], steps: range) -> None:
+    for step in steps:
+        generator = torch.Generator().manual_seed(step)
+        ids = torch.randint(5, 70, (4, 8), generator=generator)
+        model(ids, labels=ids).loss_sum.backward()
+        set_learning_rate(optimizers, 1 / (step + 1))
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_state_that_was_packed_goes_on_bit_equal(
+    make_model: Callable[[], BertForMaskedLM], optimizer: str, fused: bool
+) -> None:
+    settings = Settings(optimizer=optimizer, fused_adamw=fused)
+    whole = make_model()
+    optimizers = build_optimizers(whole, settings, CPU)
+    train(whole, optimizers, range(3))
+    weights = {name: tensor.clone() for name, tensor in whole.state_dict().items()}
+    packed = {name: tensor.clone() for name, tensor in pack_state(optimizers).items()}
+    train(whole, optimizers, range(3, 6))
+
+    resumed = make_model()
+    resumed.load_state_dict(weights)
+    again = build_optimizers(resumed, settings, CPU)
+    unpack_state(again, packed)
+    assert {name: tensor.tolist() for name, tensor in pack_state(again).items()} == {
+        name: tensor.tolist() for name, tensor in packed.items()
+    }
+    train(resumed, again, range(3, 6))
+    for (name, expected), found in zip(whole.named_parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(expected, found), name

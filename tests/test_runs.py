@@ -1,0 +1,270 @@
+"""Where a training begins: a new run, the middle of an old one, or the weights of another; and what is refused."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ASSETS, SEQ_LEN, TINY
+from safetensors.torch import load_file
+
+from bertling.batches import Batch
+from bertling.checkpoint import load_checkpoint
+from bertling.files import BertlingError
+from bertling.finetune import FinetuneResult
+from bertling.model import BertForSequenceClassification
+from bertling.prepare import prepare
+from bertling.runs import Start, open_run, resolve_start
+from bertling.settings import Settings, read_ini
+from bertling.tasks import MaskedLMTask
+from bertling.tokenizer import Tokenizer
+from bertling.train import Outcome
+
+Train = Callable[..., Outcome]
+Classify = Callable[..., FinetuneResult]
+
+
+@pytest.fixture
+def stopped(train_mlm: Train, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run of `bert`s that was cut off after step 2 of 4."""
+    run = cut_off(train_mlm, monkeypatch, preset="bert", dropout=0.1, max_iters=4, val_interval=2)
+    assert run.name == "run0"
+    return run
+
+
+def cut_off(train_mlm: Train, monkeypatch: pytest.MonkeyPatch, **flags: Any) -> Path:
+    """Start a training, and kill it in the fourth step."""
+    whole = MaskedLMTask.micro_batches
+
+    def micro_batches(self: MaskedLMTask, step: int, **sizes: int) -> tuple[list[Batch], int]:
+        if step == 3:
+            raise RuntimeError("killed")
+        return whole(self, step, **sizes)
+
+    said: list[str] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(MaskedLMTask, "micro_batches", micro_batches)
+        with pytest.raises(RuntimeError, match="killed"):
+            train_mlm(**flags, say=said.append)
+    return Path(next(text for text in said if text.startswith("run folder: ")).removeprefix("run folder: "))
+
+
+def folders(work: Path) -> list[str]:
+    return sorted(path.name for path in (work / "runs").iterdir())
+
+
+def about(run: Path) -> dict[str, Any]:
+    return json.loads((run / "run.json").read_text())
+
+
+def test_runs_are_numbered_or_named(work: Path) -> None:
+    def start(**flags: Any) -> Path:
+        return open_run(Start(Settings(base_dir=work, **flags), frozenset()))
+
+    (work / "runs" / "run7").mkdir(parents=True)
+    (work / "runs" / "runner").mkdir()
+    assert [start().name, start(run_id="mine").name, start().name] == ["run8", "mine", "run9"]
+    assert read_ini(work / "runs" / "mine" / "config.ini")["run_id"] == "mine"
+    assert about(work / "runs" / "run8") == {"task": "mlm", "finished": False}
+    with pytest.raises(BertlingError, match="mine: exists already; go on with it by --cp, or choose another run-id"):
+        start(run_id="mine")
+
+
+def test_a_finished_run_is_told_so_and_can_be_made_longer(train_mlm: Train, work: Path) -> None:
+    run = train_mlm(max_iters=3).run
+    assert about(run)["finished"] is True
+    with pytest.raises(BertlingError, match=r"run0: is finished; raise --max-iters \(or --max-minutes, --epochs\)"):
+        train_mlm(cp=run)
+    longer = train_mlm(cp=run / "checkpoints" / "last", max_iters=5)
+    assert (longer.run, longer.step, folders(work)) == (run, 5, ["run0"])
+
+
+def test_a_longer_run_that_is_cut_off_remembers_its_length(train_mlm: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = train_mlm(max_iters=2).run
+    assert cut_off(train_mlm, monkeypatch, cp=run, max_iters=6) == run
+    assert about(run)["finished"] is False
+    assert train_mlm(resume=True).step == 6
+
+
+def test_resume_takes_the_newest_unfinished_run(
+    train_mlm: Train, stopped: Path, work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    second = cut_off(train_mlm, monkeypatch, max_iters=5, val_interval=1)
+    train_mlm(max_iters=1)  # finished
+    (work / "runs" / "strange" / "checkpoints" / "last").mkdir(parents=True)  # no run of ours
+    for run, seconds in ((stopped, 100), (second, 200)):
+        folder = run / "checkpoints" / "last"
+        os.utime(folder.resolve(), (seconds, seconds))
+    outcome = train_mlm(resume=True)
+    assert (outcome.run, outcome.step) == (second, 5)
+    assert train_mlm(resume=True).run == stopped
+    with pytest.raises(BertlingError, match="runs: holds no unfinished run to resume; start one without --resume"):
+        train_mlm(resume=True)
+    with pytest.raises(BertlingError, match="--resume finds the run itself, --cp names one: give one of them"):
+        train_mlm(resume=True, cp=stopped)
+
+
+def test_a_resumed_run_keeps_its_settings(train_mlm: Train, stopped: Path) -> None:
+    for name, value, before in (
+        ("batch_size", 16, "8"),
+        ("seed", 5, "123"),
+        ("preset", "modern", "bert"),
+        ("size", "mini", "None"),
+    ):
+        key = name.replace("_", "-")
+        with pytest.raises(
+            BertlingError, match=rf"^{key} = {value}: the run .*run0 was started with {before} and keeps"
+        ):
+            train_mlm(cp=stopped, **{name: value})
+    assert train_mlm(cp=stopped, batch_size=8, micro_batch_size=4, max_iters=5).step == 5
+
+
+def test_another_task_starts_a_new_run_from_the_best(
+    train_mlm: Train, train_classifier: Classify, work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores = iter([0.0, 0.3, 0.2, 0.0, 0.1])
+    monkeypatch.setattr(MaskedLMTask, "evaluate", lambda *_: {"eval/loss": 1.0, "eval/accuracy": next(scores)})
+    run = train_mlm(max_iters=4, val_interval=2).run
+    assert [os.readlink(run / "checkpoints" / name)[-1] for name in ("best", "last")] == ["2", "4"]
+    result = train_classifier(cp=run, max_iters=1, learning_rate=1e-9)
+    tuned = result.seeds[0].outcome.run
+    assert (tuned.name, about(tuned)["task"], about(run)["task"]) == ("run1", "sst2", "mlm")
+    key = "model.layers.1.mlp.Wo.weight"
+    found, best, last = (
+        load_file(folder / "model.safetensors")[key]
+        for folder in (tuned / "checkpoints" / "last", run / "checkpoints" / "best", run / "checkpoints" / "last")
+    )
+    torch.testing.assert_close(found, best, atol=1e-6, rtol=0)
+    assert not torch.allclose(found, last, atol=1e-6, rtol=0)
+    # And back: the classifier's encoder under a fresh head for masked words.
+    again = train_mlm(cp=tuned, max_iters=1, **{name: TINY[name] for name in ("device", "dtype", "threads")})
+    assert again.run.name == "run2"
+
+
+def test_plain_weights_start_a_new_run_with_their_own_architecture(
+    train_mlm: Train, stopped: Path, work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = tmp_path / "from elsewhere"
+    shutil.copytree(stopped / "checkpoints" / "best", plain)
+    for name in ("training_state.json", "training_state.safetensors", "manifest.json"):
+        (plain / name).unlink()
+    machine = {"device": "cpu", "dtype": "fp32", "threads": 1, "batch_size": 8}
+    with pytest.raises(
+        BertlingError, match="preset = modern: the checkpoint has bert, and a checkpoint's architecture"
+    ):
+        train_mlm(cp=plain, preset="modern", **machine)
+    with pytest.raises(BertlingError, match=r"d-model = 64: the checkpoint has 32, .* wins; leave d-model out"):
+        train_mlm(cp=plain, d_model=64, **machine)
+    with pytest.raises(
+        BertlingError, match="size = small: that is 6 x 512 with 8 heads, the checkpoint has 2 x 32 with 2"
+    ):
+        train_mlm(cp=plain, size="small", **machine)
+    assert folders(work) == ["run0"]
+    whole = train_mlm(cp=plain, max_iters=4, val_interval=2, **machine)
+    # Cut off and resumed, it still is a `bert` with the dropout of its weights, although no setting said so.
+    run = cut_off(train_mlm, monkeypatch, cp=plain, max_iters=4, val_interval=2, **machine)
+    assert train_mlm(cp=run).step == 4
+    weights = [load_file(path / "checkpoints" / "last" / "model.safetensors") for path in (whole.run, run)]
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+    assert load_checkpoint(run / "checkpoints" / "last").model.config.hidden_dropout_prob == 0.1
+
+
+def test_rows_of_another_length_are_refused_only_where_one_was_named(train_mlm: Train, work: Path) -> None:
+    with pytest.raises(
+        BertlingError, match=r"seq-len = 64: .*train_tiny_32_123 was prepared with rows of 32; prepare it"
+    ):
+        train_mlm(seq_len=64)
+    assert not (work / "runs").exists()
+    run = train_mlm(max_iters=1).run
+    assert train_mlm(cp=run, max_iters=2).step == 2  # its settings say 128, which nobody asked for
+
+
+def test_data_longer_than_the_checkpoint_takes_are_refused(
+    train_mlm: Train, stopped: Path, work: Path, tmp_path: Path, tiny_tokenizer: Tokenizer
+) -> None:
+    plain = tmp_path / "plain"
+    shutil.copytree(
+        stopped / "checkpoints" / "best", plain, ignore=shutil.ignore_patterns("training*", "manifest.json")
+    )
+    config = json.loads((plain / "config.json").read_text())
+    assert config["max_position_embeddings"] == 128
+    base = tmp_path / "long"
+    prepare([ASSETS / "tiny.txt"], "long", base / "datasets", 136, tiny_tokenizer, workers=1)
+    with pytest.raises(
+        BertlingError, match="train_long_136_123: has rows of 136 ids, the checkpoint takes at most 128: "
+    ):
+        train_mlm(cp=plain, base_dir=base, device="cpu", dtype="fp32")
+    assert not (base / "runs").exists()
+
+
+def test_data_of_another_vocabulary_are_refused(
+    train_mlm: Train, stopped: Path, tmp_path: Path, tiny_tokenizer: Tokenizer
+) -> None:
+    other = Tokenizer([*tiny_tokenizer.entries, "surplus"])
+    base = tmp_path / "other"
+    prepare([ASSETS / "tiny.txt"], "other", base / "datasets", SEQ_LEN, other, workers=1)
+    plain = tmp_path / "plain"
+    shutil.copytree(
+        stopped / "checkpoints" / "best", plain, ignore=shutil.ignore_patterns("training_state*", "manifest*")
+    )
+    with pytest.raises(
+        BertlingError, match=r"train_other_32_123: prepared with another vocabulary \(its vocab\.txt lies"
+    ):
+        train_mlm(cp=plain, base_dir=base, device="cpu", dtype="fp32")
+    tiny_tokenizer.save(base / "vocab")
+    with pytest.raises(BertlingError, match="train_other_32_123: prepared with another vocabulary"):
+        train_mlm(base_dir=base)
+    with pytest.raises(BertlingError, match="val_other_32_123: prepared with another vocabulary"):
+        train_mlm(base_dir=base, dataset_pattern=str(Path("..") / ".." / "work" / "datasets" / "train_tiny*"))
+    assert not (base / "runs").exists()
+
+
+def test_a_vocabulary_that_is_missing_is_asked_for(train_classifier: Classify, tmp_path: Path) -> None:
+    with pytest.raises(BertlingError, match=r"vocab\.txt: missing; place the vocabulary there, or name it by --vocab"):
+        train_classifier(from_scratch=True, base_dir=tmp_path)
+
+
+def test_a_fine_tuning_starts_from_something(train_classifier: Classify, work: Path) -> None:
+    with pytest.raises(BertlingError, match="--cp: name the checkpoint to fine-tune, or give --from-scratch"):
+        train_classifier()
+    with pytest.raises(BertlingError, match="no such folder; --cp takes a run, a checkpoint or a Hugging Face model"):
+        train_classifier(cp=work / "nowhere")
+    result = train_classifier(from_scratch=True, max_iters=2)
+    run = result.seeds[0].outcome.run
+    with pytest.raises(BertlingError, match="--from-scratch and --cp exclude each other: give one of them"):
+        train_classifier(from_scratch=True, cp=run, max_iters=3)
+
+
+def test_a_fine_tuning_is_resumed_as_what_it_is(train_classifier: Classify) -> None:
+    labels = {"preset": "distilbert", "max_iters": 2, "dropout": 0.2}
+    run = train_classifier(from_scratch=True, **labels).seeds[0].outcome.run
+    with pytest.raises(BertlingError, match=r"seeds = 3: the run .*run0 was started with 1 and keeps it"):
+        train_classifier(cp=run, seeds=3, max_iters=4)
+    again = train_classifier(cp=run, max_iters=4).seeds[0].outcome
+    assert (again.run, again.step) == (run, 4)
+    model = load_checkpoint(run).model
+    assert isinstance(model, BertForSequenceClassification)
+    assert (model.config.architecture, model.config.id2label) == ("distilbert", {0: "0", 1: "1"})
+
+
+def test_settings_that_cannot_hold_together_leave_no_run_behind(train_mlm: Train, work: Path) -> None:
+    with pytest.raises(
+        BertlingError, match="warmup-iters and lr-decay-iters count steps, but max-minutes ends this run"
+    ):
+        train_mlm(max_minutes=1.0, warmup_iters=3)
+    with pytest.raises(BertlingError, match="heads = 5 does not divide d-model = 256"):
+        train_mlm(d_model=None, heads=5)
+    assert not (work / "runs").exists()
+
+
+def test_a_damaged_checkpoint_is_not_resumed(stopped: Path) -> None:
+    path = stopped / "checkpoints" / "last" / "training_state.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(
+        BertlingError, match=r"training_state\.safetensors: damaged or truncated .* use another checkpoint"
+    ):
+        resolve_start("pretrain", [], {}, cp=stopped, resume=False)

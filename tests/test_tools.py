@@ -1,0 +1,125 @@
+"""Vocabulary, evaluation and anatomy: what the tools compute, apart from how a command shows it."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from commands import TEXT, VOCAB, World, make_world
+from transformers import AutoTokenizer
+
+from bertling.checkpoint import load_checkpoint
+from bertling.files import BertlingError
+from bertling.labelled import load_labelled
+from bertling.presets import PRESETS
+from bertling.samples import open_samples
+from bertling.text import TextOptions
+from bertling.tokenizer import Tokenizer
+from bertling.tools.anatomy import anatomy
+from bertling.tools.evaluate import evaluate
+from bertling.tools.vocab import make_vocabulary
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return make_world(tmp_path_factory.getbasetemp())
+
+
+def test_a_vocabulary_is_the_same_each_time_and_loads_elsewhere(tmp_path: Path) -> None:
+    made = [make_vocabulary([TEXT], tmp_path / name, 320, options=TextOptions()) for name in ("a", "b")]
+    assert made[0]["fingerprint"] == made[1]["fingerprint"]
+    for name in ("vocab.txt", "tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    text = "The old lighthouse, Café, stood [MASK]!"
+    tokenizer = Tokenizer.load(tmp_path / "a")
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "a")(text)["input_ids"]
+    assert theirs == [tokenizer.cls_id, *tokenizer.encode(text), tokenizer.sep_id]
+
+
+def test_a_cased_vocabulary_keeps_capitals(tmp_path: Path) -> None:
+    make_vocabulary([TEXT], tmp_path / "v", 400, options=TextOptions(), lowercase=False)
+    tokenizer = Tokenizer.load(tmp_path / "v")
+    assert tokenizer.lowercase is False
+    assert tokenizer.encode("The") != tokenizer.encode("the")
+
+
+def test_an_existing_folder_keeps_its_other_files_even_on_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "note.txt").write_text("mine")
+    make_vocabulary([TEXT], tmp_path, 200, options=TextOptions())
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def fail(self: Tokenizer, folder: Path) -> None:
+        (folder / "vocab.txt").write_text("half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Tokenizer, "save", fail)
+    with pytest.raises(BertlingError, match="the disk is full"):
+        make_vocabulary([TEXT], tmp_path, 250, options=TextOptions(), force=True)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_any_file_of_a_vocabulary_is_kept_without_force(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(BertlingError, match=r"tokenizer\.json: exists already; give --force"):
+        make_vocabulary([TEXT], tmp_path, 200, options=TextOptions())
+    with pytest.raises(BertlingError, match=r"tokenizer\.json: is a file; give a folder"):
+        make_vocabulary([TEXT], tmp_path / "tokenizer.json", 200, options=TextOptions())
+
+
+def test_scores_of_a_masked_language_model_are_those_of_its_training(world: World) -> None:
+    result = evaluate(world.mlm / "checkpoints" / "last", world.data / "val_tiny_16_123", device="cpu")
+    figures = result.figures
+    samples = open_samples(world.data / "val_tiny_16_123")
+    counts = samples.counts(400)[5:]
+    assert figures["unigram accuracy"] == pytest.approx(counts.max() / counts.sum())
+    ordinary = samples.fetch(np.arange(samples.rows)) > 4
+    assert figures["scored"] == sum(max(1, round(0.15 * n)) for n in ordinary.sum(1).tolist())
+    assert figures["loss"] == pytest.approx(math.log(400), abs=0.3)  # after four steps it knows next to nothing
+    assert evaluate(world.mlm / "checkpoints" / "last", world.data / "val_tiny_16_123").figures == figures
+    assert result.text().splitlines()[-1] == f"protocol: {result.protocol}"
+
+
+def test_scores_of_a_classifier_are_those_of_its_answers(world: World) -> None:
+    figures = evaluate(world.classifier, world.dev).figures
+    from bertling.inference import load
+
+    data = load_labelled(world.dev)
+    assert data.labels is not None
+    answers = [int(one["label"]) for one in load(world.classifier).classify(data.texts)]
+    right = [answer == label for answer, label in zip(answers, data.labels.tolist(), strict=True)]
+    assert figures["accuracy"] == pytest.approx(sum(right) / 20)
+    assert figures["majority class"] == 0.5
+
+
+def test_classes_are_told_by_name_whatever_their_order_in_the_file(world: World, tmp_path: Path) -> None:
+    names = {"0": "bad", "1": "good"}
+    loaded = load_checkpoint(world.classifier)
+    lines = world.dev.read_text().splitlines()[1:]
+    named = tmp_path / "named.tsv"
+    named.write_text("\n".join(["sentence\tlabel", *(line[:-1] + names[line[-1]] for line in lines)]) + "\n")
+    assert loaded.model.config.labels == ("0", "1")
+    with pytest.raises(BertlingError, match=r"named\.tsv: label 'bad' does not occur"):
+        evaluate(world.classifier, named)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_anatomy_of_each_preset_adds_up(preset: str) -> None:
+    drawn = anatomy(None, preset, "small", 8192)
+    assert sum(row.parameters for row in drawn.rows) == drawn.count.total > drawn.count.without_embeddings
+    assert drawn.title == f"{preset} small, vocabulary of 8,192: BertForMaskedLM"
+    lines = drawn.text().splitlines()
+    assert lines[-2].split()[-1] == f"{drawn.count.total:,}"
+    assert len(set(map(len, lines[1:]))) == 1  # one table
+
+
+def test_the_anatomy_of_a_checkpoint_is_that_of_its_model(world: World) -> None:
+    model = load_checkpoint(world.classifier).model
+    drawn = anatomy(world.classifier, "modern", "mini", 8192)
+    padding = (model.config.padded_vocab_size - model.config.vocab_size) * model.config.hidden_size
+    assert drawn.count.total == sum(parameter.numel() for parameter in model.parameters()) - padding
+    assert drawn.title.endswith("BertForSequenceClassification, modern")
+    assert drawn.to_dict()["modules"][0]["path"] == "embeddings.word_embeddings"
+    with pytest.raises(BertlingError, match="holds no checkpoint"):
+        anatomy(VOCAB, "modern", "mini", 8192)
