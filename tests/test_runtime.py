@@ -13,11 +13,14 @@ from bertling.settings import Settings
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize(("fast", "expected"), [(True, torch.bfloat16), (False, torch.float32)])
-def test_auto_takes_bf16_only_where_it_is_faster(
-    monkeypatch: pytest.MonkeyPatch, fast: bool, expected: torch.dtype
+@pytest.mark.parametrize(
+    ("has", "expected"),
+    [({"avx512_bf16": True}, torch.bfloat16), ({"amx_bf16": True}, torch.bfloat16), ({"avx2": True}, torch.float32)],
+)
+def test_auto_takes_bf16_only_where_the_hardware_multiplies_it(
+    monkeypatch: pytest.MonkeyPatch, has: dict[str, bool], expected: torch.dtype
 ) -> None:
-    monkeypatch.setattr(runtime, "matmul_seconds", lambda dtype: 0.5 if (dtype == torch.bfloat16) == fast else 1.0)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has)
     assert choose_dtype("auto", CPU) == expected
 
 

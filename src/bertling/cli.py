@@ -226,6 +226,8 @@ def begin(command: str, configs: tuple[Path, ...], flags: dict[str, Any], cp: Pa
         shown = [item.name for item in dataclasses.fields(Settings) if concerns(item, command)]
         pairs = [f"{key_of(name)}={as_text(values[name])}" for name in shown if values[name] not in (None, "")]
         say("settings: " + " ".join(pairs))
+        if "nproc" in start.explicit and not start.settings.ddp:
+            say("note: nproc counts only together with ddp; this is a single process")
     return start
 
 

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import click
 
-from bertling.settings import Settings, accepted, as_text, key_of, parse_value
+from bertling.settings import ALIASES, Settings, accepted, as_text, key_of, parse_value
 
 F = TypeVar("F", bound=Callable[..., Any])
 PATH = click.Path(path_type=Path)
@@ -74,8 +74,7 @@ def setting_option(item: dataclasses.Field[Any], command: str) -> Callable[[F], 
             context.ensure_object(dict)[item.name] = parse_value(item, str(value), "command line")
 
     names = [f"{name}/--no-{key_of(item.name)}"] if kind is bool else [name]
-    if item.name == "n_layers":
-        names.append("--n-layer")  # the seed's spelling
+    names += [f"--{alias}" for alias, key in ALIASES.items() if key == key_of(item.name) and kind is not bool]
     return click.option(
         *names,
         item.name,

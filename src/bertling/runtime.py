@@ -4,7 +4,6 @@ import contextlib
 import os
 import shutil
 import sys
-import time
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +14,7 @@ from bertling.settings import Settings
 # Compiling takes about a minute: runs shorter than this are over before it has paid.
 COMPILE_PAYS_MINUTES = 10.0
 COMPILE_PAYS_STEPS = 2000
+BF16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16")
 
 
 @dataclass(frozen=True)
@@ -90,20 +90,18 @@ def choose_dtype(wanted: str, device: torch.device) -> torch.dtype:
         return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[wanted]
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    if device.type == "cpu" and matmul_seconds(torch.bfloat16) < 0.75 * matmul_seconds(torch.float32):
+    if device.type == "cpu" and multiplies_bf16():
         return torch.bfloat16
     return torch.float32
 
 
-def matmul_seconds(dtype: torch.dtype, size: int = 512, repeats: int = 6) -> float:
-    """The fastest of a few square matrix products on the CPU, in seconds."""
-    a, b = torch.ones(size, size, dtype=dtype), torch.ones(size, size, dtype=dtype)
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        torch.mm(a, b)
-        times.append(time.perf_counter() - start)
-    return min(times)
+def multiplies_bf16() -> bool:
+    """Whether this CPU has instructions for bf16 products; without them they are emulated, slower than fp32.
+
+    Asked of the hardware, not of a clock: every process of a run, and a resumed one, must choose alike.
+    """
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name, False) for name in BF16_INSTRUCTIONS)
 
 
 def compile_pays(settings: Settings, device: torch.device) -> bool:

@@ -118,7 +118,7 @@ class Trainer:
         """Train to the end of the budget, or until a signal asks to stop; both leave a checkpoint behind."""
         self.model.train()
         if self.runtime.compile:
-            self.model.compile(dynamic=False)
+            self.model.compile()
         with stop_requests() as stop, self.open_log() as log:
             self.started = time.perf_counter() - self.seconds
             if self.step == 0:
