@@ -69,7 +69,7 @@ def test_help_of_a_training_is_grouped_and_says_types_and_defaults() -> None:
     assert "--preset modern|bert|distilbert|seed" in words
     assert "--n-layers, --n-layer, --num-hidden-layers N" in words
     assert "--learning-rate X highest learning rate of AdamW [default: 0.001]" in words
-    assert "--dropout X dropout everywhere in the model [default: 0.0]" in words
+    assert "--dropout, --hidden-dropout-prob X dropout everywhere in the model [default: 0.0]" in words
     assert "dropout everywhere in the model [default: 0.1]" in " ".join(finetune.split())
     assert "--dataset-pattern" in pretrain
     assert "--dataset-pattern" not in finetune
