@@ -13,7 +13,7 @@ from commands import Ended, bertling
 from bertling.files import BertlingError
 from bertling.tools.quickstart import MARKER, MASKED, REVIEWS, STAGES, QuickstartResult, claim, program
 
-REDUCED = ("--megabytes", 0.6, "--minutes", 5, "--steps", 30)
+REDUCED = ("--megabytes", 0.6, "--minutes", 5, "--steps", 20)
 
 
 @pytest.fixture(scope="session")
@@ -40,7 +40,7 @@ def test_accuracy_leaves_the_floor_that_was_printed(ended: Ended, answer: dict[s
     assert scores["accuracy"] > scores["floor"] > 0.02
     assert f"accuracy {scores['accuracy']:.1%}" in " ".join(ended.err.split())
     assert f"floor of {scores['floor']:.1%}" in " ".join(ended.err.split())
-    assert scores["steps"] == 30
+    assert scores["steps"] == 20
 
 
 def test_words_are_filled_in_before_and_after(answer: dict[str, Any]) -> None:
@@ -105,8 +105,8 @@ def test_what_to_try_next_works(work: Path, answer: dict[str, Any], name: str) -
 
 def test_training_on_goes_on_in_the_same_run(work: Path, answer: dict[str, Any]) -> None:
     words = next(words for words in map(shlex.split, answer["commands"]) if "--max-minutes" in words)
-    ended = bertling(*words[1:], "--max-iters", 31, "--json", cwd=work)
-    assert (ended.answer["step"], ended.answer["run"]) == (31, "tour/runs/pretrain")
+    ended = bertling(*words[1:], "--max-iters", 21, "--json", cwd=work)
+    assert (ended.answer["step"], work / ended.answer["run"]) == (21, work / "tour" / "runs" / "pretrain")
 
 
 def test_text_names_figures_folders_and_commands(answer: dict[str, Any]) -> None:

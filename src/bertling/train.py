@@ -16,6 +16,7 @@ from bertling.batches import Batch
 from bertling.checkpoint import TrainingState, save_checkpoint
 from bertling.distributed import Ranks
 from bertling.files import BertlingError, write_json
+from bertling.illustrate import to_svg
 from bertling.model import BertEncoder
 from bertling.optim import build_optimizers, build_schedule, pack_state, set_learning_rate, unpack_state
 from bertling.runlog import RunLog
@@ -203,7 +204,7 @@ class Trainer:
         log.train_step(self.step, loss=mean, learning_rate=self.learning_rate, tokens=self.tokens, seconds=self.clock())
 
     def evaluate(self, log: RunLog) -> None:
-        """Score the whole validation set, and show an example."""
+        """Score the whole validation set, and show an example; the latest one is kept as a picture too."""
         self.metrics = self.task.evaluate(self.model, self.runtime, self.ranks)
         if self.step and self.metrics["eval/accuracy"] > self.best_accuracy:
             self.best_accuracy, self.best_step = self.metrics["eval/accuracy"], self.step
@@ -211,6 +212,7 @@ class Trainer:
         self.evaluated_step = self.step
         if self.ranks.first and (example := self.task.illustrate(self.model, self.runtime, self.turn)):
             log.illustration(example.plain, example.colour)
+            to_svg(example, self.run / "example.svg")
         self.turn += 1
 
     def save(self) -> None:
