@@ -1,9 +1,11 @@
 """Positions against their definitions; the fast attention against the plain one, values and gradients."""
 
 import math
+from unittest import mock
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from bertling.attention import (
     SelfAttention,
@@ -46,7 +48,8 @@ def test_rotation_keeps_the_dtype() -> None:
 
 
 @pytest.mark.parametrize("padded", [False, True])
-def test_fast_and_plain_attention_agree(padded: bool) -> None:
+def test_fast_and_plain_attention_agree(padded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bertling.attention.SHORT", 0)  # short rows on a CPU would take the plain one
     torch.manual_seed(0)
     inputs = torch.randn(3, 4, 2, 9, 8)  # q, k, v of 4 rows, 2 heads, 9 tokens
     mask = None
@@ -54,18 +57,22 @@ def test_fast_and_plain_attention_agree(padded: bool) -> None:
         lengths = torch.tensor([9, 5, 1, 0])  # the last row is padding alone
         mask = padding_mask(torch.arange(9) < lengths[:, None])
     results = []
-    for function in (attention, reference_attention):
-        q, k, v = leaves = [x.clone().requires_grad_() for x in inputs]
-        output = function(q, k, v, mask)
-        output.square().sum().backward()
-        results.append([output, *(leaf.grad for leaf in leaves)])
+    with mock.patch.object(F, "scaled_dot_product_attention", wraps=F.scaled_dot_product_attention) as fused:
+        for function in (attention, reference_attention):
+            q, k, v = leaves = [x.clone().requires_grad_() for x in inputs]
+            output = function(q, k, v, mask)
+            output.square().sum().backward()
+            results.append([output, *(leaf.grad for leaf in leaves)])
+    assert fused.call_count == 1
     for fast, plain in zip(*results, strict=True):
         assert torch.isfinite(fast).all()
         assert torch.isfinite(plain).all()
         assert torch.allclose(fast, plain, atol=2e-5)
 
 
-def test_keys_behind_the_mask_change_nothing() -> None:
+@pytest.mark.parametrize("short", [0, 512])
+def test_keys_behind_the_mask_change_nothing(short: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bertling.attention.SHORT", short)
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 1, 2, 6, 8)
     mask = padding_mask(torch.tensor([[1, 1, 1, 1, 0, 0]]))

@@ -210,6 +210,15 @@ def test_pattern_that_matches_nothing(world: World, here: Path) -> None:
     refuse(world, here, ["pretrain"], "matches nothing in datasets", "no data set is there", "bertling prepare")
 
 
+def test_splits_of_different_lengths(world: World, here: Path) -> None:
+    shutil.copytree(world.data / "train_tiny_16_123", here / "datasets" / "train_tiny_16_123")
+    done = bertling("prepare", "-i", TEXT, "-l", "x", "-o", "datasets", "-m", 24, "-v", VOCAB, "--workers", 1)
+    assert done.status == 0, done.err
+    patterns = ["--dataset-pattern", "train_tiny_*", "--val-dataset-pattern", "val_x_*"]
+    words = ["pretrain", *patterns, "--vocab", VOCAB, *SMALL, *STEPS]
+    refuse(world, here, words, "val_x_24_123: has rows of 24 ids", "train_tiny_16_123 of 16", "with the same -m")
+
+
 def test_another_vocabulary_than_that_of_the_data(world: World, here: Path) -> None:
     (here / "vocab.txt").write_text(vocabulary(lambda lines: [*lines[:-1], "zebra"]))
     words = ["pretrain", "--base-dir", world.base, "--vocab", "vocab.txt", *SMALL, *STEPS]

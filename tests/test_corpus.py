@@ -329,3 +329,11 @@ def session(leader: int) -> list[int]:
         if int(owner) == leader and state != "Z":
             found.append(int(path.parent.name))
     return found
+
+
+def test_a_corpus_that_vanishes_as_it_is_finished_is_one_line(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(corpus_module, "_open", lambda folder: None)
+    with pytest.raises(BertlingError, match="changed while it was written; run the same command again"):
+        build_corpus([TINY], tokenizer, tmp_path, workers=1)

@@ -18,7 +18,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 
 from bertling import cli, distributed
 from bertling.checkpoint import load_state
-from bertling.distributed import Ranks, join, launch
+from bertling.distributed import Ranks, check_processes, join, launch
 from bertling.files import BertlingError
 from bertling.finetune import FinetuneResult
 from bertling.runlog import read_metrics
@@ -217,3 +217,11 @@ def test_a_process_that_is_alone_exchanges_nothing(monkeypatch: pytest.MonkeyPat
     assert ranks.sum(torch.tensor(3.0)) == 3
     ranks.wait()
     assert not distributed.dist.is_initialized()
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(BertlingError, match="nproc = 2: there are 1 GPUs here, and each process needs its own"):
+        check_processes(Settings(), 2, 2)
+    check_processes(Settings(device="cpu"), 2, 2)

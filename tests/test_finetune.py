@@ -143,7 +143,7 @@ def test_texts_that_are_cut_are_said(world: World, tmp_path: Path) -> None:
 def test_the_dev_set_is_tokenized_once(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = Tokenizer.load(VOCAB)
     data = load_labelled(world.dev)
-    task = ClassificationTask(data, data, tokenizer, batch_size=8, seq_len=32, seed=1, floors={})
+    task = ClassificationTask(data, data, tokenizer, batch_size=8, seq_len=16, seed=1, floors={})
     import torch
 
     from bertling.checkpoint import load_checkpoint

@@ -93,6 +93,26 @@ def test_val_and_test_keep_the_order_of_the_file_and_train_does_not(tmp_path: Pa
         assert (titles == sorted(titles)) == (split != "train")
 
 
+@pytest.mark.parametrize("method", ["split", "segment"])
+def test_what_one_seed_trains_on_never_validates_another(tmp_path: Path, method: str) -> None:
+    source = write(tmp_path / "t.txt", [document(i, 20 + 5 * (i % 7)) for i in range(60)])
+    titles: dict[str, list[list[int]]] = {"train": [], "val": [], "test": []}
+    for seed in range(4):
+        card = run(source, tmp_path / "out", seed=seed, method=method)
+        for split, found in titles.items():
+            text = stream(tmp_path / "out" / f"{split}_toy_16_{seed}")
+            marks = zip(text, text[1:], text[2:], strict=False)
+            found.append([title for a, title, c in marks if a == c == TOKENIZER.ids["="]])
+            if method == "split":
+                tokens = card.splits[split].tokens - 2 * card.splits[split].samples
+                assert tokens / card.tokens == pytest.approx(0.8 if split == "train" else 0.1, abs=0.03)
+    train, val, test = ({title for one in found for title in one} for found in titles.values())
+    assert train | val | test == {TOKENIZER.ids[WORDS[i]] for i in range(60)}
+    assert len(train) + len(val) + len(test) == 60
+    assert len({tuple(one) for one in titles["train"]}) == 4, "each seed has an order of its own"
+    assert len({tuple(one) for one in titles["val"]}) == len({tuple(one) for one in titles["test"]}) == 1
+
+
 def test_identical_documents_go_to_one_split(tmp_path: Path) -> None:
     documents = [document(i % 10, 30) for i in range(60)]
     card = run(write(tmp_path / "t.txt", documents), tmp_path / "out")
@@ -115,7 +135,7 @@ def test_same_seed_same_bytes(tmp_path: Path, method: str, form: str) -> None:
             assert a.read_bytes() == b.read_bytes() != c.read_bytes()
         else:
             assert contents(a) == contents(b)
-            assert stream(a) != stream(c)
+            assert (stream(a) != stream(c)) == (split == "train")
 
 
 def test_msgpack_holds_the_same_rows_with_static_masks(tmp_path: Path) -> None:
@@ -201,7 +221,7 @@ def test_a_single_document_is_cut_into_contiguous_blocks(tmp_path: Path, method:
     source = tmp_path / "t.txt"
     source.write_text("\n".join(" ".join(words[i : i + 10]) for i in range(0, 2000, 10)))
     card = run(source, tmp_path / "out", method=method)
-    assert card.notes == ["1 document(s) are too few for 3 splits: cut into contiguous blocks"]
+    assert card.notes == ["1 different document(s) are too few for 3 splits: cut into contiguous blocks"]
     assert card.overlap["train/val"]["documents"] == 1
     assert "cut into contiguous blocks" in card.text()
     if method == "split":
@@ -214,17 +234,19 @@ def test_a_single_document_is_cut_into_contiguous_blocks(tmp_path: Path, method:
         assert [round(size / sum(sizes), 1) for size in sizes] == [0.8, 0.1, 0.1]
 
 
-def test_three_documents_give_three_splits(tmp_path: Path) -> None:
+def test_three_different_documents_give_three_splits(tmp_path: Path) -> None:
     card = run(write(tmp_path / "t.txt", [document(i, 50) for i in range(3)]), tmp_path / "out")
     assert [split.documents for split in card.splits.values()] == [1, 1, 1]
     assert card.notes == []
+    card = run(write(tmp_path / "t.txt", [document(i % 2, 50) for i in range(6)]), tmp_path / "two")
+    assert card.notes == ["2 different document(s) are too few for 3 splits: cut into contiguous blocks"]
 
 
 def test_one_large_document_goes_to_train(tmp_path: Path) -> None:
     documents = [document(i, 20) for i in range(10)]
-    for seed in range(5):
-        source = write(tmp_path / "t.txt", [*documents[:5], document(40, 2000), *documents[5:]])
-        card = run(source, tmp_path / str(seed), seed=seed)
+    for number in range(40, 45):
+        source = write(tmp_path / "t.txt", [*documents[:5], document(number, 2000), *documents[5:]])
+        card = run(source, tmp_path / str(number))
         assert card.splits["train"].tokens > 2000
         assert card.splits["val"].documents > 0
 

@@ -180,7 +180,7 @@ def test_rows_of_another_length_are_refused_only_where_one_was_named(train_mlm: 
         train_mlm(seq_len=64)
     assert not (work / "runs").exists()
     run = train_mlm(max_iters=1).run
-    assert train_mlm(cp=run, max_iters=2).step == 2  # its settings say 128, which nobody asked for
+    assert train_mlm(cp=run, max_iters=2).step == 2
 
 
 def test_data_longer_than_the_checkpoint_takes_are_refused(
@@ -191,11 +191,11 @@ def test_data_longer_than_the_checkpoint_takes_are_refused(
         stopped / "checkpoints" / "best", plain, ignore=shutil.ignore_patterns("training*", "manifest.json")
     )
     config = json.loads((plain / "config.json").read_text())
-    assert config["max_position_embeddings"] == 128
+    assert config["max_position_embeddings"] == SEQ_LEN
     base = tmp_path / "long"
     prepare([ASSETS / "tiny.txt"], "long", base / "datasets", 136, tiny_tokenizer, workers=1)
     with pytest.raises(
-        BertlingError, match="train_long_136_123: has rows of 136 ids, the checkpoint takes at most 128: "
+        BertlingError, match="train_long_136_123: has rows of 136 ids, the checkpoint takes at most 32: "
     ):
         train_mlm(cp=plain, base_dir=base, device="cpu", dtype="fp32")
     assert not (base / "runs").exists()
@@ -268,3 +268,31 @@ def test_a_damaged_checkpoint_is_not_resumed(stopped: Path) -> None:
         BertlingError, match=r"training_state\.safetensors: damaged or truncated .* use another checkpoint"
     ):
         resolve_start("pretrain", [], {}, cp=stopped, resume=False)
+
+
+def test_another_run_id_starts_anew_from_the_best_weights(train_mlm: Train, stopped: Path, work: Path) -> None:
+    outcome = train_mlm(cp=stopped, run_id="anew", max_iters=1, batch_size=4)
+    assert (outcome.run, outcome.step) == (work / "runs" / "anew", 1)
+    assert (stopped / "run.json").exists()
+
+
+def test_a_finished_run_names_the_limit_that_it_has_reached(train_mlm: Train) -> None:
+    run = train_mlm(max_iters=2).run
+    with pytest.raises(BertlingError, match=r"is finished: it has done 2 of max-iters = 2; raise --max-iters"):
+        train_mlm(cp=run, max_minutes=60.0)
+
+
+def test_the_record_of_a_run_has_the_shape_that_was_trained(train_mlm: Train, stopped: Path) -> None:
+    written = read_ini(train_mlm(cp=stopped, run_id="anew", max_iters=1).run / "config.ini")
+    assert (written["d_model"], written["n_layers"], written["heads"], written["seq_len"]) == (32, 2, 2, SEQ_LEN)
+    assert "size" not in written
+
+
+def test_a_vocabulary_beside_the_checkpoints_own_is_refused(
+    train_mlm: Train, stopped: Path, tmp_path: Path, tiny_tokenizer: Tokenizer
+) -> None:
+    Tokenizer([*tiny_tokenizer.entries, "surplus"]).save(tmp_path / "vocab")
+    with pytest.raises(
+        BertlingError, match="the checkpoint has another vocabulary, and a checkpoint's vocabulary wins"
+    ):
+        train_mlm(cp=stopped, run_id="anew", vocab=tmp_path / "vocab")

@@ -1,6 +1,7 @@
 """Vocabulary, evaluation and anatomy: what the tools compute, apart from how a command shows it."""
 
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,10 @@ from bertling.checkpoint import load_checkpoint
 from bertling.files import BertlingError
 from bertling.labelled import load_labelled
 from bertling.presets import PRESETS
+from bertling.runtime import build_runtime
 from bertling.samples import open_samples
+from bertling.settings import parse_settings
+from bertling.tasks import classifier_batches, evaluate_classifier
 from bertling.text import TextOptions
 from bertling.tokenizer import Tokenizer
 from bertling.tools.anatomy import anatomy
@@ -79,6 +83,8 @@ def test_scores_of_a_masked_language_model_are_those_of_its_training(world: Worl
     assert figures["loss"] == pytest.approx(math.log(400), abs=0.3)  # after four steps it knows next to nothing
     assert evaluate(world.mlm / "checkpoints" / "last", world.data / "val_tiny_16_123").figures == figures
     assert result.text().splitlines()[-1] == f"protocol: {result.protocol}"
+    runtime = build_runtime(parse_settings({"device": "cpu", "compile": "false"}))
+    assert result.protocol.endswith(f"; {runtime.describe()}")
 
 
 def test_scores_of_a_classifier_are_those_of_its_answers(world: World) -> None:
@@ -91,6 +97,28 @@ def test_scores_of_a_classifier_are_those_of_its_answers(world: World) -> None:
     right = [answer == label for answer, label in zip(answers, data.labels.tolist(), strict=True)]
     assert figures["accuracy"] == pytest.approx(sum(right) / 20)
     assert figures["majority class"] == 0.5
+
+
+def test_a_classifier_is_scored_on_texts_cut_as_in_its_training(world: World, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    checkpoint = run / "checkpoints" / "step-0000004"
+    shutil.copytree((world.classifier / "checkpoints" / "last").resolve(), checkpoint)
+    assert " texts, cut at 16 tokens; cpu, " in evaluate(checkpoint, world.dev, device="cpu").protocol  # the model's
+    for name in ("config.ini", "run.json"):
+        shutil.copy(world.classifier / name, run)
+    loaded, data = load_checkpoint(checkpoint), load_labelled(world.dev)
+    runtime = build_runtime(parse_settings({"device": "cpu"}))
+    losses = {}
+    for given, used in ((128, 16), (5, 5)):
+        lines = (world.classifier / "config.ini").read_text().splitlines()
+        lines = [f"seq-len = {given}" if line.startswith("seq-len") else line for line in lines]
+        (run / "config.ini").write_text("\n".join(lines) + "\n")
+        result = evaluate(checkpoint, world.dev, device="cpu")
+        assert f" texts, cut at {used} tokens; " in result.protocol
+        scores = evaluate_classifier(loaded.model, data, classifier_batches(data, loaded.tokenizer, used), runtime)
+        losses[used] = result.figures["loss"]
+        assert losses[used] == pytest.approx(scores["loss"])
+    assert abs(losses[16] - losses[5]) > 1e-6
 
 
 def test_classes_are_told_by_name_whatever_their_order_in_the_file(world: World, tmp_path: Path) -> None:
@@ -112,6 +140,8 @@ def test_the_anatomy_of_each_preset_adds_up(preset: str) -> None:
     lines = drawn.text().splitlines()
     assert lines[-2].split()[-1] == f"{drawn.count.total:,}"
     assert len(set(map(len, lines[1:]))) == 1  # one table
+    assert [line.split()[0] for line in lines[1:-2]] == [row.path for row in drawn.rows]
+    assert not any(line.startswith(" ") for line in lines)
 
 
 def test_the_anatomy_of_a_checkpoint_is_that_of_its_model(world: World) -> None:

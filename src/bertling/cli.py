@@ -1,7 +1,6 @@
 """The `bertling` command: parsing and wiring only. Heavy modules are imported by the command that needs them."""
 
 import contextlib
-import dataclasses
 import json
 import os
 import signal
@@ -17,7 +16,6 @@ from bertling.options import (
     PATH,
     GroupedCommand,
     ask_options,
-    concerns,
     device_option,
     force_option,
     input_options,
@@ -27,7 +25,7 @@ from bertling.options import (
     start_options,
     training_options,
 )
-from bertling.settings import Settings, as_text, default_files, key_of
+from bertling.settings import Settings, default_files
 
 STOPPED = 3
 """Exit status of a training that was asked to stop, and saved."""
@@ -217,15 +215,13 @@ def finetune(
 
 
 def begin(command: str, configs: tuple[Path, ...], flags: dict[str, Any], cp: Path | None, resume: bool) -> Any:
-    """Resolve the settings and say them."""
+    """Resolve the settings."""
     from bertling.runs import resolve_start
 
     start = resolve_start(command, list(configs) or default_files(Path()), flags, cp=cp, resume=resume)
     if is_first() and not wants_launch(start.settings):
-        values = vars(start.settings)
-        shown = [item.name for item in dataclasses.fields(Settings) if concerns(item, command)]
-        pairs = [f"{key_of(name)}={as_text(values[name])}" for name in shown if values[name] not in (None, "")]
-        say("settings: " + " ".join(pairs))
+        if configs and start.run is not None:
+            say(f"note: {configs[0]} was not read: a resumed run keeps the settings in its own config.ini")
         if "nproc" in start.explicit and not start.settings.ddp:
             say("note: nproc counts only together with ddp; this is a single process")
     return start

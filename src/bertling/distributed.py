@@ -25,6 +25,8 @@ class Ranks:
     world_size: int = 1
     local_rank: int = 0
     local_processes: int = 1
+    control: dist.ProcessGroup | None = None
+    """For words among the processes: on their CPUs, so that no GPU has to be waited for."""
 
     @property
     def first(self) -> bool:
@@ -54,10 +56,17 @@ class Ranks:
         """The first process's numbers, on every process (its clock decides when a run by time ends)."""
         if self.world_size == 1:
             return values
-        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-        tensor = torch.tensor(values, dtype=torch.float64, device=device)
-        dist.broadcast(tensor, src=0)
+        tensor = torch.tensor(values, dtype=torch.float64)
+        dist.broadcast(tensor, src=0, group=self.control)
         return [float(value) for value in tensor.tolist()]
+
+    def any(self, flag: bool) -> bool:
+        """Whether it is true on any process."""
+        if self.world_size == 1:
+            return flag
+        tensor = torch.tensor(float(flag))
+        dist.all_reduce(tensor, group=self.control)
+        return bool(tensor > 0)
 
     def wait(self) -> None:
         """Until every process has come here."""
@@ -69,23 +78,34 @@ def join(settings: Settings) -> Ranks:
     """Meet the other processes if torchrun started this one, else be alone."""
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         return Ranks()
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    ranks = Ranks(
-        int(os.environ["RANK"]),
-        int(os.environ["WORLD_SIZE"]),
-        local_rank,
-        int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"])),
-    )
-    if settings.batch_size < ranks.world_size:
-        raise BertlingError(
-            f"batch-size = {settings.batch_size} is less than one row for each of the "
-            f"{ranks.world_size} processes: raise batch-size or lower nproc"
-        )
-    on_gpu = settings.device in {"auto", "cuda"} and torch.cuda.is_available()
+    local_rank, world_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ["WORLD_SIZE"])
+    local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    check_processes(settings, world_size, local_processes)
+    on_gpu = wants_gpu(settings)
     dist.init_process_group(
         "nccl" if on_gpu else "gloo", device_id=torch.device("cuda", local_rank) if on_gpu else None
     )
-    return ranks
+    control = dist.new_group(backend="gloo") if on_gpu else None
+    return Ranks(int(os.environ["RANK"]), world_size, local_rank, local_processes, control)
+
+
+def wants_gpu(settings: Settings) -> bool:
+    """Whether the processes are to compute on GPUs."""
+    return settings.device in {"auto", "cuda"} and torch.cuda.is_available()
+
+
+def check_processes(settings: Settings, world_size: int, local_processes: int) -> None:
+    """Each process needs a row of the batch, and a GPU of its own where GPUs are used."""
+    if settings.batch_size < world_size:
+        raise BertlingError(
+            f"batch-size = {settings.batch_size} is less than one row for each of the {world_size} processes: raise "
+            "batch-size or lower nproc"
+        )
+    if wants_gpu(settings) and local_processes > torch.cuda.device_count():
+        raise BertlingError(
+            f"nproc = {local_processes}: there are {torch.cuda.device_count()} GPUs here, and each process needs its "
+            "own; lower nproc, or give device = cpu"
+        )
 
 
 def leave() -> None:
@@ -107,12 +127,8 @@ def launch(settings: Settings, arguments: Sequence[str]) -> int | None:
     """
     from torch.distributed.run import main as torchrun
 
-    count = settings.nproc or (torch.cuda.device_count() if torch.cuda.is_available() else 2)
-    if settings.batch_size < count:
-        raise BertlingError(
-            f"batch-size = {settings.batch_size} is less than one row for each of the {count} "
-            "processes: raise batch-size or lower nproc"
-        )
+    count = settings.nproc or (torch.cuda.device_count() if wants_gpu(settings) else 2)
+    check_processes(settings, count, count)
     options = [f"--nproc-per-node={count}", f"--shutdown-timeout={SECONDS_TO_SAVE}"]
     if settings.dist_master_port is not None or settings.dist_master_addr != "127.0.0.1":
         options += [f"--master-addr={settings.dist_master_addr}", f"--master-port={settings.dist_master_port or 29500}"]

@@ -23,10 +23,10 @@ from bertling.labelled import (
     summarise_seeds,
 )
 from bertling.model import BertForSequenceClassification, count_parameters
-from bertling.pretrain import check_architecture, find_vocabulary, say_loaded, sized_config
+from bertling.pretrain import as_trained, check_architecture, find_vocabulary, say_loaded, sized_config
 from bertling.runs import Start, open_run
 from bertling.runtime import Runtime, build_runtime
-from bertling.settings import Settings
+from bertling.settings import Settings, settings_line
 from bertling.tasks import ClassificationTask, classification_floors, evaluate_classifier
 from bertling.tokenizer import Tokenizer
 from bertling.train import Outcome, Trainer, total_steps
@@ -85,7 +85,8 @@ class FinetuneResult:
             f"floors: majority class {self.floors['floor/majority']:.1%}, bag of words "
             f"{self.floors.get('floor/bag_of_words', 0.0):.1%}"
         )
-        lines.append(f"macro-F1 {one['macro_f1']:.3f}; confusion (rows: true class) {one['confusion']}")
+        last = f"seed {self.seeds[-1].seed}: " if len(self.seeds) > 1 else ""
+        lines.append(f"{last}macro-F1 {one['macro_f1']:.3f}; confusion (rows: true class) {one['confusion']}")
         return "\n".join(lines)
 
 
@@ -113,7 +114,9 @@ def finetune(start: Start, say: Say, *, from_scratch: bool = False) -> FinetuneR
             results.append(train_seed(replace(start, settings=one), train, dev, floors, runtime, ranks, say))
             if not results[-1].outcome.finished:
                 break
-        result = FinetuneResult(results, summarise_seeds([one.scores["accuracy"] for one in results]), floors)
+        # A seed that was stopped early counts only where there is nothing else.
+        counted = [one for one in results if one.outcome.finished] or results
+        result = FinetuneResult(results, summarise_seeds([one.scores["accuracy"] for one in counted]), floors)
         if ranks.first:
             for seed in results:
                 write_json(seed.outcome.run / "result.json", result.to_dict())
@@ -161,6 +164,8 @@ def train_seed(
         train, dev, tokenizer, batch_size=settings.batch_size, seq_len=seq_len, seed=settings.seed, floors=floors
     )
     steps = total_steps(settings, task)
+    settings = replace(as_trained(start, model.config, seq_len), dropout=settings.dropout)
+    say(settings_line(settings, "finetune"))
     say(
         f"model: {model.config.architecture}, {count_parameters(model).total:,} parameters; seed {settings.seed}; "
         + (
@@ -172,7 +177,7 @@ def train_seed(
     )
     if task.train.truncated:
         say(f"note: {task.train.truncated:,} training texts are longer than {seq_len} tokens, and cut there")
-    run = open_run(start) if ranks.first else Path()
+    run = open_run(replace(start, settings=settings)) if ranks.first else Path()
     say(f"run folder: {run}")
     outcome = Trainer(task, model, tokenizer, settings, runtime, ranks, run, state=start.state).train()
     scores = evaluate_classifier(model, dev, task.dev_batches, runtime)

@@ -107,11 +107,18 @@ def pack_state(optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
 
 
 def unpack_state(optimizers: list[torch.optim.Optimizer], tensors: dict[str, Tensor]) -> None:
-    """Put the tensors of `pack_state` back."""
+    """Put the tensors of `pack_state` back; raises ValueError where they are not those of these parameters."""
     for number, optimizer in enumerate(optimizers):
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
         state: dict[int, dict[str, Tensor]] = {}
         for key, value in tensors.items():
             owner, index, name = key.split(".", 2)
             if int(owner) == number:
                 state.setdefault(int(index), {})[name] = value
+        if tensors and state.keys() != set(range(len(parameters))):
+            raise ValueError(f"state of {len(state)} parameters for {len(parameters)}")
+        for place, entries in state.items():
+            for name, value in entries.items():
+                if value.ndim and value.shape != parameters[place].shape:
+                    raise ValueError(f"{name} of parameter {place} has the shape {list(value.shape)}")
         optimizer.load_state_dict({**optimizer.state_dict(), "state": state})

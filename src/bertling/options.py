@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import click
 
-from bertling.settings import ALIASES, Settings, accepted, as_text, key_of, parse_value
+from bertling.settings import ALIASES, Settings, accepted, as_text, concerns, key_of, parse_value
 
 F = TypeVar("F", bound=Callable[..., Any])
 PATH = click.Path(path_type=Path)
@@ -54,11 +54,6 @@ def training_options(command: str) -> Callable[[F], F]:
         return function
 
     return decorate
-
-
-def concerns(item: dataclasses.Field[Any], command: str) -> bool:
-    """Whether the setting means something to the command."""
-    return item.metadata["only"] in (None, command)
 
 
 def setting_option(item: dataclasses.Field[Any], command: str) -> Callable[[F], F]:
@@ -131,7 +126,8 @@ start_options = together(
     click.option(
         "--cp",
         type=PATH,
-        help="run, checkpoint or Hugging Face model folder: go on with a run of this kind, else start from its weights",
+        help="run, checkpoint or Hugging Face model folder: go on with a run of this kind "
+        "(with another --run-id: a new run from its weights), else start from its weights",
     ),
     click.option("--resume", is_flag=True, help="go on with the newest unfinished run"),
 )
@@ -161,7 +157,14 @@ prepare_options = together(
     click.option("-o", "--output", type=PATH, required=True, help="folder for the data sets"),
     click.option("-m", "--max-len", type=int, default=128, show_default=True, help="ids in a row, [CLS] and [SEP] too"),
     click.option("-v", "--vocab", "vocabulary", type=PATH, required=True, help="vocab.txt or its folder"),
-    click.option("-s", "--seed", type=int, default=123, show_default=True, help="of the split and of static masks"),
+    click.option(
+        "-s",
+        "--seed",
+        type=int,
+        default=123,
+        show_default=True,
+        help="of the order in train, and of static masks",
+    ),
     choice_option(
         "--method",
         ["split", "segment"],

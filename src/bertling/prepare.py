@@ -21,7 +21,7 @@ from bertling.datacard import DataCard, SplitCard
 from bertling.files import BertlingError, atomic_file, atomic_folder, readable_errors, write_json
 from bertling.masking import mask_tokens
 from bertling.packed import IGNORED, MAX_SEQ_LEN, Ids, write_pairs
-from bertling.samples import MANIFEST, SamplesWriter, unigram_floors
+from bertling.samples import MANIFEST, SamplesWriter, Tally, unigram_floors
 from bertling.splits import SPLITS, Part, deal, shares_of, whole
 from bertling.text import TextOptions
 from bertling.tokenizer import Tokenizer
@@ -87,6 +87,7 @@ def prepare(
     `val_inputs` and `test_inputs` are that split in full, as they are (nothing dropped). `split` gives the shares of
     train, val and test in `inputs`; shares of splits that come as files are left out and the others scaled up. Unset it
     is 80/10/10, and with `val_inputs` or `test_inputs` all of `inputs` is training text: no other split is cut from it.
+    Every seed deals the documents out alike; it gives the order of the training documents and draws the static masks.
     Token ids are kept under `output`/ids and made once for the same text and vocabulary.
     """
     began = time.monotonic()
@@ -119,10 +120,10 @@ def prepare(
             parts[name] = whole(corpora[name])
     parts = {name: parts[name] for name in wanted}
     _check_lengths(parts, layout, inputs)
-    tallies = _write(parts, layout, force)
+    written = _write(parts, layout, force)
     if force:
         notes += _remove_stale(layout, wanted)
-    card = _card(layout, list(corpora.values()), parts, tallies, notes)
+    card = _card(layout, list(corpora.values()), parts, written, notes)
     card = replace(card, seconds=round(time.monotonic() - began, 2))
     write_json(layout.card(), card.to_dict())
     return card
@@ -213,59 +214,54 @@ def _wrapped(body: npt.NDArray[np.integer], lengths: Ids | None, layout: Layout)
     return rows
 
 
-class _Tally:
-    """What the card says of a split, summed up while its rows pass by."""
+@dataclass(frozen=True)
+class _Written:
+    """What the card needs to know of the rows of a split."""
 
-    def __init__(self, layout: Layout) -> None:
-        self._pad_id = layout.tokenizer.pad_id
-        self.counts: Ids = np.zeros(layout.tokenizer.vocab_size, dtype=np.int64)
-        self.rows = self.padded_rows = 0
-        self._hashes: list[npt.NDArray[np.uint64]] = []
-        odd = np.random.default_rng(_ROW_HASH).integers(1 << 63, size=layout.seq_len, dtype=np.uint64) * 2 + 1
-        self._weights = odd.astype(np.uint64)
-
-    def watch(self, blocks: Iterator[Ids]) -> Iterator[Ids]:
-        """The same blocks of rows [n, T], counted."""
-        for rows in blocks:
-            self.counts += np.bincount(rows.reshape(-1), minlength=len(self.counts))
-            self.rows += len(rows)
-            self.padded_rows += int((rows == self._pad_id).any(axis=1).sum())
-            self._hashes.append(rows.astype(np.uint64) @ self._weights)
-            yield rows
-
-    def row_hashes(self) -> npt.NDArray[np.uint64]:
-        """One hash for each row (multiply-and-add modulo 2^64)."""
-        return np.concatenate(self._hashes)
+    tally: Tally
+    hashes: list[npt.NDArray[np.uint64]]
+    """Blocks of one for each row."""
 
 
-def _write(parts: dict[str, Part], layout: Layout, force: bool) -> dict[str, _Tally]:
+def _hashed(blocks: Iterator[Ids], layout: Layout, hashes: list[npt.NDArray[np.uint64]]) -> Iterator[Ids]:
+    """The same blocks of rows [n, T]; the hash of each row (multiply-and-add modulo 2^64) is put into `hashes`."""
+    odd = np.random.default_rng(_ROW_HASH).integers(1 << 63, size=layout.seq_len, dtype=np.uint64) * 2 + 1
+    for rows in blocks:
+        hashes.append(rows.astype(np.uint64) @ odd)
+        yield rows
+
+
+def _write(parts: dict[str, Part], layout: Layout, force: bool) -> dict[str, _Written]:
     """Write all splits; they appear together once all are complete."""
-    tallies = {name: _Tally(layout) for name in parts}
+    written = {}
     with ExitStack() as stack:
         for name, part in parts.items():
-            target, tally = layout.target(name), tallies[name]
+            target = layout.target(name)
+            hashes: list[npt.NDArray[np.uint64]] = []
             if layout.method == "segment":
-                rows = tally.watch(_piece_rows(part, layout))
+                rows = _hashed(_piece_rows(part, layout), layout, hashes)
             else:
-                rows = tally.watch(_packed_rows(part, layout, keep_last=name != "train"))
+                rows = _hashed(_packed_rows(part, layout, keep_last=name != "train"), layout, hashes)
             if layout.format == "msgpack":
+                tally = Tally(layout.tokenizer.vocab_size, layout.tokenizer.pad_id)
                 file = stack.enter_context(atomic_file(target))
                 with readable_errors(target), file.open("wb") as raw:
-                    write_pairs(raw, _masked(rows, layout, name), _row_count(part, layout, name), zipped=True)
+                    write_pairs(raw, _masked(rows, layout, name, tally), _row_count(part, layout, name), zipped=True)
             else:
                 folder = stack.enter_context(atomic_folder(target, force=force))
                 with readable_errors(target):
-                    _write_folder(folder, rows, layout, name, len(part.hashes))
-    return tallies
+                    tally = _write_folder(folder, rows, layout, name, len(part.hashes))
+            written[name] = _Written(tally, hashes)
+    return written
 
 
-def _write_folder(folder: Path, blocks: Iterator[Ids], layout: Layout, split: str, documents: int) -> None:
+def _write_folder(folder: Path, blocks: Iterator[Ids], layout: Layout, split: str, documents: int) -> Tally:
     tokenizer = layout.tokenizer
     writer = SamplesWriter(folder, seq_len=layout.seq_len, vocab_size=tokenizer.vocab_size, pad_id=tokenizer.pad_id)
     try:
         for rows in blocks:
             writer.append(rows)
-        floors = unigram_floors(writer.counts, writer.counts, tokenizer.special_ids)
+        floors = unigram_floors(writer.tally.counts, writer.tally.counts, tokenizer.special_ids)
         writer.finish(
             split=split,
             label=layout.label,
@@ -279,6 +275,7 @@ def _write_folder(folder: Path, blocks: Iterator[Ids], layout: Layout, split: st
     finally:
         writer.close()
     tokenizer.save(folder)
+    return writer.tally
 
 
 def _row_count(part: Part, layout: Layout, split: str) -> int:
@@ -287,10 +284,14 @@ def _row_count(part: Part, layout: Layout, split: str) -> int:
     return part.tokens // layout.width if split == "train" else -(-part.tokens // layout.width)
 
 
-def _masked(blocks: Iterator[Ids], layout: Layout, split: str) -> Iterator[tuple[Ids, Ids]]:
-    """Rows with static masks, ids and labels (-100 where not masked), drawn from the seed, the split and the block."""
+def _masked(blocks: Iterator[Ids], layout: Layout, split: str, tally: Tally) -> Iterator[tuple[Ids, Ids]]:
+    """Rows with static masks, ids and labels (-100 where not masked), drawn from the seed, the split and the block.
+
+    The rows are counted as they were before.
+    """
     tokenizer = layout.tokenizer
     for number, rows in enumerate(blocks):
+        tally.add(rows)
         entropy = np.random.SeedSequence([layout.seed, _MASKS, SPLITS.index(split), number])
         generator = torch.Generator().manual_seed(int(entropy.generate_state(1, np.uint64)[0]))
         masked = mask_tokens(
@@ -322,19 +323,21 @@ def _remove_stale(layout: Layout, wanted: Sequence[str]) -> list[str]:
 
 
 def _card(
-    layout: Layout, corpora: list[Corpus], parts: dict[str, Part], tallies: dict[str, _Tally], notes: list[str]
+    layout: Layout, corpora: list[Corpus], parts: dict[str, Part], written: dict[str, _Written], notes: list[str]
 ) -> DataCard:
     def total(name: str) -> int:
         return sum(int(corpus.stats.get(name, 0)) for corpus in corpora)
 
-    tokenizer, train = layout.tokenizer, tallies["train"].counts
+    tokenizer, train = layout.tokenizer, written["train"].tally.counts
     splits = {
-        name: _split_card(part, tallies[name], train, layout, layout.target(name).name) for name, part in parts.items()
+        name: _split_card(part, written[name].tally, train, layout, layout.target(name).name)
+        for name, part in parts.items()
     }
+    row_hashes = {name: np.concatenate(one.hashes) for name, one in written.items()}
     overlap = {
         f"{a}/{b}": {
             "documents": len(np.intersect1d(parts[a].hashes, parts[b].hashes)),
-            "samples": len(np.intersect1d(tallies[a].row_hashes(), tallies[b].row_hashes())),
+            "samples": len(np.intersect1d(row_hashes[a], row_hashes[b])),
         }
         for a, b in combinations(parts, 2)
     }
@@ -369,16 +372,15 @@ def _card(
     )
 
 
-def _split_card(part: Part, tally: _Tally, train: Ids, layout: Layout, path: str) -> SplitCard:
+def _split_card(part: Part, tally: Tally, train: Ids, layout: Layout, path: str) -> SplitCard:
     floors = unigram_floors(train, tally.counts, layout.tokenizer.special_ids)
-    tokens = int(tally.counts.sum() - tally.counts[layout.tokenizer.pad_id])
     return SplitCard(
         path=path,
         documents=len(part.hashes),
         samples=tally.rows,
-        tokens=tokens,
+        tokens=tally.tokens,
         padded_samples=tally.padded_rows,
-        dropped_tokens=part.tokens - (tokens - 2 * tally.rows),
+        dropped_tokens=part.tokens - (tally.tokens - 2 * tally.rows),
         unigram_accuracy=floors.accuracy,
         unigram_cross_entropy=floors.cross_entropy,
     )

@@ -1,7 +1,7 @@
 """Pre-training from the settings on: data, vocabulary, model, run folder; then the loop."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -16,7 +16,7 @@ from bertling.presets import ModelConfig, preset_config
 from bertling.runs import Start, open_run
 from bertling.runtime import Runtime, build_runtime
 from bertling.samples import Samples, match_samples, open_samples
-from bertling.settings import Settings, key_of
+from bertling.settings import Settings, key_of, settings_line
 from bertling.tasks import MaskedLMTask
 from bertling.tokenizer import Tokenizer
 from bertling.train import Outcome, Trainer, total_steps
@@ -52,13 +52,29 @@ def pretrain(start: Start, say: Say) -> Outcome:
             seed=settings.seed,
             mlm_probability=settings.mlm_probability,
         )
+        settings = as_trained(start, model.config, task.train.seq_len)
+        say(settings_line(settings, "pretrain"))
         introduce(model, task, data, settings, runtime, ranks, say)
-        run = open_run(start) if ranks.first else Path()
+        run = open_run(replace(start, settings=settings)) if ranks.first else Path()
         trainer = Trainer(task, model, data.tokenizer, settings, runtime, ranks, run, state=start.state)
         say(f"run folder: {run}")
         return trainer.train()
     finally:
         distributed.leave()
+
+
+def as_trained(start: Start, config: ModelConfig, seq_len: int) -> Settings:
+    """The settings with the model's real shape and length in them, for the run's record."""
+    return replace(
+        start.settings,
+        preset=config.architecture,
+        size=start.settings.size if start.checkpoint is None else None,
+        d_model=config.hidden_size,
+        n_layers=config.num_hidden_layers,
+        heads=config.num_attention_heads,
+        dropout=config.hidden_dropout_prob,
+        seq_len=seq_len,
+    )
 
 
 def load_start(start: Start, say: Say) -> tuple[BertForMaskedLM | None, MaskedLMData]:
@@ -143,7 +159,14 @@ def load_data(settings: Settings, explicit: frozenset[str], tokenizer: Tokenizer
             f"{val.path}: has rows of {val.seq_len} ids, {train[0].path} of {train[0].seq_len}; prepare both with the "
             "same -m"
         )
-    return MaskedLMData(train, val, tokenizer or find_vocabulary(settings, train[0].path))
+    if tokenizer is None:
+        return MaskedLMData(train, val, find_vocabulary(settings, train[0].path))
+    if "vocab" in explicit and find_vocabulary(settings).fingerprint != tokenizer.fingerprint:
+        raise BertlingError(
+            f"vocab = {settings.vocab}: the checkpoint has another vocabulary, and a checkpoint's vocabulary wins; "
+            "leave vocab out"
+        )
+    return MaskedLMData(train, val, tokenizer)
 
 
 def find_vocabulary(settings: Settings, data: Path | None = None) -> Tokenizer:
@@ -157,8 +180,8 @@ def find_vocabulary(settings: Settings, data: Path | None = None) -> Tokenizer:
 
 def fresh_config(settings: Settings, data: MaskedLMData) -> ModelConfig:
     """The shape of a model that starts from fresh weights."""
-    longest = max(data.train[0].seq_len, settings.seq_len)
-    return sized_config(settings, settings.preset, data.tokenizer.vocab_size, longest, data.tokenizer.pad_id)
+    tokenizer = data.tokenizer
+    return sized_config(settings, settings.preset, tokenizer.vocab_size, data.train[0].seq_len, tokenizer.pad_id)
 
 
 def sized_config(
@@ -204,9 +227,11 @@ def introduce(
         f"{config.num_attention_heads} heads, {count.total:,} parameters ({count.without_embeddings:,} without "
         "embeddings)"
     )
+    names = ", ".join(samples.path.name for samples in data.train)
     say(
-        f"data: {rows:,} rows of {task.train.seq_len} to train on, {data.val.rows:,} to evaluate on, vocabulary of "
-        f"{data.tokenizer.vocab_size:,}" + (", masks as stored in the files" if data.train[0].labels else "")
+        f"data: {names}: {rows:,} rows of {task.train.seq_len} to train on; {data.val.path.name}: {data.val.rows:,} to "
+        f"evaluate on; vocabulary of {data.tokenizer.vocab_size:,}"
+        + ("; masks as stored in the files" if data.train[0].labels else "")
     )
     length = f"{steps:,} steps" if steps else f"{settings.max_minutes:g} minutes"
     say(
@@ -215,6 +240,11 @@ def introduce(
         + f", {settings.optimizer}; {runtime.describe()}"
         + (f"; {ranks.world_size} processes" if ranks.world_size > 1 else "")
     )
+    if steps and settings.max_minutes and (settings.warmup_iters is not None or settings.lr_decay_iters is not None):
+        say(
+            "note: should max-minutes end the run first, warmup-iters and lr-decay-iters count as shares of the "
+            f"{steps:,} steps"
+        )
     if steps and settings.val_interval:
         # The whole set is scored each time: a tenth of the corpus at short intervals outweighs the training.
         share = data.val.rows / (settings.val_interval * settings.batch_size)

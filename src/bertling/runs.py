@@ -34,7 +34,8 @@ def resolve_start(
 ) -> Start:
     """Fresh, from the weights of `cp`, or in the middle of a run: `cp` of the same task, or the newest unfinished one.
 
-    A resumed run keeps its own settings; only flags on the command line change them, where that makes sense.
+    A resumed run keeps its own settings; only flags on the command line change them, where that makes sense. With
+    another `run_id` a new run starts from the best weights of `cp` in any case.
     """
     if resume and cp is not None:
         raise BertlingError("--resume finds the run itself, --cp names one: give one of them")
@@ -49,21 +50,35 @@ def resolve_start(
         return Start(*resolve(command, files, flags), checkpoint=find_checkpoint(cp, "best"))
     verify(checkpoint)
     state = load_state(checkpoint)
-    if state is None:
-        return Start(*resolve(command, files, flags), checkpoint=checkpoint)
+    anew = flags.get("run_id") not in (None, run.name)
+    if state is None or anew:
+        return Start(*resolve(command, files, flags), checkpoint=find_checkpoint(cp, "best") if anew else checkpoint)
     settings, _ = resolve(command, [run / "config.ini"], flags)
     before, _ = resolve(command, [run / "config.ini"], {})
     for name in FIXED:
         if getattr(settings, name) != getattr(before, name):
             raise BertlingError(
                 f"{key_of(name)} = {getattr(settings, name)}: the run {run} was started with "
-                f"{getattr(before, name)} and keeps it; leave it out, or start a new run"
+                f"{getattr(before, name)} and keeps it; leave it out, or start a new run from its "
+                "weights with a new --run-id"
             )
-    longer = {"max_iters", "max_minutes", "epochs"} & flags.keys()
-    if read_json(run / "run.json", "run description").get("finished") and not longer:
-        raise BertlingError(f"{run}: is finished; raise --max-iters (or --max-minutes, --epochs) to train it further")
+    if read_json(run / "run.json", "run description").get("finished"):
+        check_longer(run, settings, flags, state)
     # The run's file holds defaults too: explicit is what was given now.
     return Start(settings, frozenset(flags), run, checkpoint, state)
+
+
+def check_longer(run: Path, settings: Settings, flags: Mapping[str, Any], state: TrainingState) -> None:
+    """A finished run goes on only beyond the limits that it has reached."""
+    if not {"max_iters", "max_minutes", "epochs"} & flags.keys():
+        raise BertlingError(f"{run}: is finished; raise --max-iters (or --max-minutes, --epochs) to train it further")
+    reached = {"max_iters": state.numbers.get("step", 0), "max_minutes": state.numbers.get("seconds", 0) / 60}
+    for name, value in reached.items():
+        limit = getattr(settings, name)
+        if limit is not None and limit <= value:
+            raise BertlingError(
+                f"{run}: is finished: it has done {value:,.6g} of {key_of(name)} = {limit:,.6g}; raise --{key_of(name)}"
+            )
 
 
 def open_run(start: Start) -> Path:

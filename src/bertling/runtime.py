@@ -47,7 +47,8 @@ def build_runtime(settings: Settings, *, local_rank: int = 0, local_processes: i
     device = choose_device(settings.device, local_rank)
     threads = settings.threads or max(1, available_cores() // local_processes)
     torch.set_num_threads(threads)
-    torch.set_float32_matmul_precision("high")
+    # Who names fp32 gets it in full; elsewhere TF32 may serve the products that autocast leaves in fp32.
+    torch.set_float32_matmul_precision("highest" if settings.dtype == "fp32" else "high")
     notes = []
     dtype = choose_dtype(settings.dtype, device)
     if settings.dtype == "fp16" and device.type == "cpu":
@@ -113,7 +114,7 @@ def compile_pays(settings: Settings, device: torch.device) -> bool:
         return False
     if settings.max_minutes is not None:
         return settings.max_minutes >= COMPILE_PAYS_MINUTES
-    return (settings.max_iters or 0) >= COMPILE_PAYS_STEPS and settings.task_type == "mlm"
+    return settings.task_type == "mlm" and (settings.max_iters or COMPILE_PAYS_STEPS) >= COMPILE_PAYS_STEPS
 
 
 def can_compile() -> bool:

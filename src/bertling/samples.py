@@ -125,22 +125,41 @@ def unigram_floors(train: Ids, scored: Ids, special_ids: Iterable[int]) -> Floor
     )
 
 
+class Tally:
+    """What there is to say of the rows of a split, summed up as they are added."""
+
+    def __init__(self, vocab_size: int, pad_id: int) -> None:
+        self._pad_id = pad_id
+        self.counts: Ids = np.zeros(vocab_size, dtype=np.int64)
+        """How often each id occurs."""
+        self.rows = self.padded_rows = 0
+
+    def add(self, rows: npt.NDArray[np.integer[Any]]) -> None:
+        """Count rows [n, T]."""
+        self.counts += np.bincount(rows.reshape(-1), minlength=len(self.counts))
+        self.rows += len(rows)
+        self.padded_rows += int((rows == self._pad_id).any(axis=1).sum())
+
+    @property
+    def tokens(self) -> int:
+        """Ids that are not padding, [CLS] and [SEP] included."""
+        return int(self.counts.sum() - self.counts[self._pad_id])
+
+
 class SamplesWriter:
     """Streams rows into the shards of a folder (usually a temporary one from `atomic_folder`); `finish` seals it."""
 
     def __init__(
         self, folder: Path, *, seq_len: int, vocab_size: int, pad_id: int, shard_bytes: int = SHARD_BYTES
     ) -> None:
-        self._folder, self._seq_len, self._vocab_size, self._pad_id = folder, seq_len, vocab_size, pad_id
+        self._folder, self._seq_len, self._vocab_size = folder, seq_len, vocab_size
         self._dtype = np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
         self._rows_per_shard = max(1, shard_bytes // (seq_len * self._dtype.itemsize))
         self._file: BinaryIO | None = None
         self._hash = hashlib.sha256()
         self._room = 0
         self._shards: list[dict[str, Any]] = []
-        self.counts: Ids = np.zeros(vocab_size, dtype=np.int64)
-        self.rows = 0
-        self.padded_rows = 0
+        self.tally = Tally(vocab_size, pad_id)
 
     def append(self, rows: npt.NDArray[np.integer[Any]]) -> None:
         """Add rows [n, T]; ids must lie in the vocabulary."""
@@ -150,9 +169,7 @@ class SamplesWriter:
             return
         if int(rows.min()) < 0 or int(rows.max()) >= self._vocab_size:
             raise ValueError(f"ids outside of the vocabulary of {self._vocab_size}")
-        self.counts += np.bincount(rows.reshape(-1), minlength=self._vocab_size)
-        self.padded_rows += int((rows == self._pad_id).any(axis=1).sum())
-        self.rows += len(rows)
+        self.tally.add(rows)
         while len(rows):
             if self._file is None:
                 self._open_shard()
@@ -165,24 +182,19 @@ class SamplesWriter:
             if not self._room:
                 self._close_shard()
 
-    @property
-    def tokens(self) -> int:
-        """Ids that are not padding, [CLS] and [SEP] included."""
-        return int(self.counts.sum() - self.counts[self._pad_id])
-
     def finish(self, **about: str | int | float | None) -> None:
         """Write counts and manifest; `about` adds what a reader wants to know (label, seed, method, floors ...)."""
         if self._file is not None:
             self._close_shard()
-        raw = self.counts.astype("<i8").tobytes()
+        raw = self.tally.counts.astype("<i8").tobytes()
         (self._folder / COUNTS).write_bytes(raw)
         manifest: dict[str, Any] = {
             "format": 1,
             **about,
             "seq_len": self._seq_len,
-            "rows": self.rows,
-            "tokens": self.tokens,
-            "padded_rows": self.padded_rows,
+            "rows": self.tally.rows,
+            "tokens": self.tally.tokens,
+            "padded_rows": self.tally.padded_rows,
             "dtype": "uint16" if self._dtype.itemsize == 2 else "uint32",
             "vocab_size": self._vocab_size,
             "counts_sha256": hashlib.sha256(raw).hexdigest(),

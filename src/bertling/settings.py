@@ -147,7 +147,9 @@ class Settings:
     )
     device: Literal["auto", "cpu", "cuda", "mps"] = setting("auto", "where to compute")
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = setting(
-        "auto", "number format of the matrix products; auto: bf16 where the hardware multiplies it faster"
+        "auto",
+        "number format of the matrix products; auto: bf16 where the hardware has it (GPUs; CPUs with "
+        "AVX512-BF16 or AMX)",
     )
     compile: Literal["auto", "true", "false"] = setting("auto", "torch.compile; auto: for runs long enough to pay")
     fused_adamw: bool = setting(True, "AdamW in one fused kernel")
@@ -196,6 +198,21 @@ class Settings:
             if value is not None and value != ""
         ]
         return "\n".join(lines) + "\n"
+
+
+def settings_line(settings: Settings, command: str) -> str:
+    """The settings that mean something to the command, on one line; unset ones are left out."""
+    pairs = [
+        f"{key_of(item.name)}={as_text(getattr(settings, item.name))}"
+        for item in dataclasses.fields(Settings)
+        if concerns(item, command) and getattr(settings, item.name) not in (None, "")
+    ]
+    return "settings: " + " ".join(pairs)
+
+
+def concerns(item: dataclasses.Field[Any], command: str) -> bool:
+    """Whether the setting means something to the command."""
+    return item.metadata["only"] in (None, command)
 
 
 def as_text(value: Any) -> str:

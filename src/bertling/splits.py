@@ -1,4 +1,7 @@
-"""Which text goes to which split: whole documents, dealt out in the proportions, so that none is in two splits."""
+"""Which text goes to which split: whole documents, dealt out in the proportions, so that none is in two splits.
+
+A document's split follows from the corpus and the shares alone: data sets of several seeds may be mixed.
+"""
 
 import math
 from dataclasses import dataclass
@@ -47,35 +50,38 @@ def shares_of(split: tuple[float, float, float] | None, has_val: bool, has_test:
 
 
 def deal(corpus: Corpus, shares: dict[str, float], seed: int) -> tuple[dict[str, Part], list[str]]:
-    """Give whole documents to the splits in the proportions, in tokens; identical documents go together."""
+    """Give whole documents to the splits in the proportions, in tokens; identical documents go together.
+
+    They are dealt in the order of their hashes, whatever the seed, which shuffles the documents of train only: what
+    one seed trains on never validates another.
+    """
     starts, stops = corpus.documents[:-1], corpus.documents[1:]
     filled = np.flatnonzero(stops > starts)
     hashes = _document_hashes(corpus, filled)
-    groups = np.unique(hashes, return_inverse=True)[1]
-    if int(groups.max(initial=-1)) + 1 < len(shares):
+    different, groups = np.unique(hashes, return_inverse=True)
+    if len(different) < len(shares):
         return _blocks(corpus, shares, hashes), [
-            f"{len(filled)} document(s) are too few for {len(shares)} splits: cut into contiguous blocks"
+            f"{len(different)} different document(s) are too few for {len(shares)} splits: cut into contiguous blocks"
         ]
-    order = np.random.default_rng([seed, _ORDER]).permutation(len(filled))
-    split_of = _assign((stops - starts)[filled], groups, order, shares)
+    split_of = _assign((stops - starts)[filled], groups, shares)
     parts = {}
     for index, name in enumerate(shares):
-        mine = order[split_of[order] == index]
-        mine = mine if name == "train" else np.sort(mine)
+        mine = np.flatnonzero(split_of == index)
+        if name == "train":
+            mine = np.random.default_rng([seed, _ORDER]).permutation(mine)
         parts[name] = Part(corpus, _spans(corpus, filled[mine]), hashes[mine])
     return parts, []
 
 
-def _assign(tokens: Ids, groups: Ids, order: Ids, shares: dict[str, float]) -> Ids:
-    """The split of each document: in the given order, a group goes where most tokens are still lacking."""
+def _assign(tokens: Ids, groups: Ids, shares: dict[str, float]) -> Ids:
+    """The split of each document: one group after the other goes where most tokens are still lacking."""
     group_tokens = np.bincount(groups, weights=tokens)
     lacking = [share * float(tokens.sum()) for share in shares.values()]
-    split_of_group = np.full(len(group_tokens), -1, dtype=np.int64)
-    for group in groups[order].tolist():
-        if split_of_group[group] < 0:
-            best = lacking.index(max(lacking))
-            split_of_group[group] = best
-            lacking[best] -= group_tokens[group]
+    split_of_group = np.zeros(len(group_tokens), dtype=np.int64)
+    for group, size in enumerate(group_tokens.tolist()):
+        best = lacking.index(max(lacking))
+        split_of_group[group] = best
+        lacking[best] -= size
     for index in range(len(lacking)):
         if not (split_of_group == index).any():
             donor = int(np.bincount(split_of_group, minlength=len(lacking)).argmax())

@@ -72,7 +72,7 @@ class MaskedLMTask:
         batches.check_samples([val], tokenizer)
         self.val, self.tokenizer = val, tokenizer
         self.steps_per_epoch = self.train.steps_per_epoch
-        self.floors = mlm_floors(train[0], val, tokenizer)
+        self.floors = mlm_floors(train, val, tokenizer)
 
     def micro_batches(self, step: int, *, rank: int, world_size: int, micro_batch_size: int) -> tuple[list[Batch], int]:
         return self.train.micro_batches(step, rank=rank, world_size=world_size, micro_batch_size=micro_batch_size)
@@ -113,10 +113,12 @@ class MaskedLMTask:
         )
 
 
-def mlm_floors(train: Samples, scored: Samples, tokenizer: Tokenizer) -> dict[str, float]:
+def mlm_floors(train: Sequence[Samples], scored: Samples, tokenizer: Tokenizer) -> dict[str, float]:
     """What a model without context reaches on `scored`: the accuracy and cross-entropy of the unigram model."""
     size = tokenizer.vocab_size
-    floors = unigram_floors(train.counts(size), scored.counts(size), tokenizer.special_ids)
+    floors = unigram_floors(
+        np.sum([one.counts(size) for one in train], axis=0), scored.counts(size), tokenizer.special_ids
+    )
     return {"floor/unigram": floors.accuracy, "floor_loss/unigram": floors.cross_entropy}
 
 

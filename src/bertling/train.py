@@ -152,9 +152,7 @@ class Trainer:
 
     def agree(self, stop: bool) -> bool:
         """Whether any process was asked to stop: all of them stop at the same step, or all of them would hang."""
-        if self.ranks.world_size == 1:
-            return stop
-        return bool(self.ranks.sum(torch.tensor(float(stop), device=self.runtime.device)) > 0)
+        return self.ranks.any(stop)
 
     def train_step(self, progress: float) -> Tensor:
         """One optimizer step over the global batch; returns this process's share of its mean loss."""
@@ -177,9 +175,12 @@ class Trainer:
         self.ranks.sum_gradients(self.model)
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
-        torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.grad_clip)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.grad_clip)
+        # The scaler judges each optimizer by its own gradients; one overflow has to skip the step of all of them.
+        skip = self.scaler.is_enabled() and not torch.isfinite(norm)
         for optimizer in self.optimizers:
-            self.scaler.step(optimizer)
+            if not skip:
+                self.scaler.step(optimizer)
             optimizer.zero_grad(set_to_none=True)
         self.scaler.update()
         return torch.stack(losses).sum()
@@ -201,11 +202,18 @@ class Trainer:
         if self.step % every == 0 or self.step == self.total_steps:
             mean = float(self.ranks.sum(torch.stack(self.recent_losses).mean()))
             self.recent_losses.clear()
+            if not math.isfinite(mean):
+                raise BertlingError(
+                    f"{self.run}: the loss is not finite any more at step {self.step:,}; the last checkpoint is whole: "
+                    "lower learning-rate (or muon-learning-rate), or raise warmup-iters"
+                )
         log.train_step(self.step, loss=mean, learning_rate=self.learning_rate, tokens=self.tokens, seconds=self.clock())
 
     def evaluate(self, log: RunLog) -> None:
         """Score the whole validation set, and show an example; the latest one is kept as a picture too."""
-        self.metrics = self.task.evaluate(self.model, self.runtime, self.ranks)
+        metrics = self.task.evaluate(self.model, self.runtime, self.ranks)
+        # What the first process saw holds for all: a rounding elsewhere must not make another step the best.
+        self.metrics = dict(zip(metrics, self.ranks.from_first(list(metrics.values())), strict=True))
         if self.step and self.metrics["eval/accuracy"] > self.best_accuracy:
             self.best_accuracy, self.best_step = self.metrics["eval/accuracy"], self.step
         log.evaluation(self.step, {**self.metrics, **self.task.floors}, seconds=self.clock())
@@ -256,8 +264,8 @@ class Trainer:
             unpack_state(self.optimizers, state.tensors)
         except (KeyError, TypeError, ValueError, IndexError) as error:
             raise BertlingError(
-                f"{self.run}: its training state does not fit these settings ({error!r}); start a new "
-                "run from the weights with --cp on a folder without training_state"
+                f"{self.run}: its training state does not fit these settings ({error!r}); start a new run from its "
+                "weights with --cp and a new --run-id"
             ) from error
 
     def open_log(self) -> RunLog:

@@ -24,14 +24,10 @@ class Anatomy:
         return {"title": self.title, "modules": [row._asdict() for row in self.rows], **self.count._asdict()}
 
     def text(self) -> str:
-        """The table, modules indented as they lie in each other."""
-        names = ["  " * row.path.count(".") + row.path for row in self.rows]
-        left, middle = max(map(len, names)), max(len(row.shape) for row in self.rows)
+        """The table, one module a line, by its full path."""
+        left, middle = max(len(row.path) for row in self.rows), max(len(row.shape) for row in self.rows)
         lines = [self.title]
-        lines += [
-            f"{name:<{left}}  {row.shape:<{middle}}  {row.parameters:>13,}"
-            for name, row in zip(names, self.rows, strict=True)
-        ]
+        lines += [f"{row.path:<{left}}  {row.shape:<{middle}}  {row.parameters:>13,}" for row in self.rows]
         lines.append(f"{'all':<{left}}  {'':<{middle}}  {self.count.total:>13,}")
         lines.append(f"{'without embeddings':<{left}}  {'':<{middle}}  {self.count.without_embeddings:>13,}")
         return "\n".join(lines)

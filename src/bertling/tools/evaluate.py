@@ -4,13 +4,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bertling.checkpoint import Loaded, load_checkpoint
+from bertling.checkpoint import Loaded, load_checkpoint, run_of
 from bertling.files import BertlingError
 from bertling.labelled import LabelledTexts, check_agree, labels_of, load_labelled
 from bertling.model import BertForMaskedLM
 from bertling.runtime import Runtime, build_runtime
 from bertling.samples import open_samples
-from bertling.settings import parse_settings
+from bertling.settings import Settings, parse_settings, read_ini
 from bertling.tasks import EVAL_MASKS, classifier_batches, evaluate_classifier, evaluate_masked_lm, mlm_floors
 
 TABLES = (".tsv", ".csv", ".jsonl", ".parquet")
@@ -40,7 +40,8 @@ def evaluate(
 ) -> Evaluation:
     """Score a masked language model on a prepared data set, or a classifier on a labelled file."""
     loaded = load_checkpoint(cp)
-    runtime = build_runtime(parse_settings({"device": device}))
+    # Nothing is compiled: an evaluation is over before that has paid.
+    runtime = build_runtime(parse_settings({"device": device, "compile": "false"}))
     loaded.model.to(runtime.device)
     if isinstance(loaded.model, BertForMaskedLM):
         if data.name.removesuffix(".gz").endswith(TABLES):
@@ -60,7 +61,7 @@ def score_masked_lm(loaded: Loaded, data: Path, runtime: Runtime) -> Evaluation:
     """Loss and accuracy with frozen masks; the floors come from the counts of the same data."""
     samples = open_samples(data)
     figures = evaluate_masked_lm(loaded.model, samples, loaded.tokenizer, runtime)
-    floors = mlm_floors(samples, samples, loaded.tokenizer)
+    floors = mlm_floors([samples], samples, loaded.tokenizer)
     masks = (
         "masks as stored in the file"
         if samples.labels
@@ -68,7 +69,8 @@ def score_masked_lm(loaded: Loaded, data: Path, runtime: Runtime) -> Evaluation:
     )
     return Evaluation(
         f"{data.name}, all {samples.rows:,} rows of {samples.seq_len}; {masks}; vocabulary of "
-        f"{loaded.tokenizer.vocab_size:,}; floors of the unigram model from the counts of this data",
+        f"{loaded.tokenizer.vocab_size:,}; floors of the unigram model from the counts of this data; "
+        f"{runtime.describe()}",
         {
             "accuracy": figures["eval/accuracy"],
             "loss": figures["eval/loss"],
@@ -90,7 +92,19 @@ def score_classifier(loaded: Loaded, texts: LabelledTexts, runtime: Runtime) -> 
             f"{texts.path}: label {int(labels.max())}: the model knows {config.num_labels} classes; "
             "use data of its task"
         )
-    batches = classifier_batches(texts, loaded.tokenizer, config.max_position_embeddings)
+    seq_len = trained_seq_len(loaded)
+    batches = classifier_batches(texts, loaded.tokenizer, seq_len)
     scores = evaluate_classifier(loaded.model, texts, batches, runtime)
     majority = max(sum(row) for row in scores["confusion"]) / len(labels)
-    return Evaluation(f"{texts.path.name}, all {len(labels):,} texts", {**scores, "majority class": majority})
+    return Evaluation(
+        f"{texts.path.name}, all {len(labels):,} texts, cut at {seq_len} tokens; {runtime.describe()}",
+        {**scores, "majority class": majority},
+    )
+
+
+def trained_seq_len(loaded: Loaded) -> int:
+    """Where the training of a classifier cut its texts; as long as the model takes them if that is not known."""
+    limit, run = loaded.model.config.max_position_embeddings, run_of(loaded.folder)
+    if run is None or not (run / "config.ini").is_file():
+        return limit
+    return min(limit, int(read_ini(run / "config.ini").get("seq_len", Settings.seq_len)))

@@ -294,7 +294,7 @@ class Tour:
             "its own (the MLP). Wrong guesses change its weights a little, thousands of times; nobody has to label "
             "anything.",
         )
-        values = {"base-dir": str(self.folder), "run-id": PRETRAINED}
+        values = {"base-dir": str(self.folder), "run-id": PRETRAINED, "seq-len": str(ROW)}
         values |= {"dataset-pattern": self.train, "val-dataset-pattern": self.val}
         values |= SHAPE | PRETRAINING | {"max-minutes": f"{minutes:g}"}
         values |= {} if steps is None else {"max-iters": str(steps)}
