@@ -12,44 +12,12 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from commands import TEXT, VOCAB, Ended, bertling
+from test_settings import PRETRAINING
 
 from bertling.batches import MaskedBatches
 from bertling.packed import Ids
 from bertling.samples import Samples
 
-PRETRAIN = """\
-task-type = mlm
-seq-len = 128
-batch-size = 100
-val-interval = 100
-d-model = 768
-heads = 12
-n-layer = 6
-dropout = 0.35
-
-async-to-device: true
-fused-adamw: true
-compile: true
-
-learning-rate = 1.0e-3
-min-learning-rate = 5e-5
-warmup-iters = 1000
-lr-decay-iters = 45_000
-max-iters = 60_000
-weight-decay = 0.01
-
-case = dickens # TODO: rename
-base-dir = wiki
-# supports round-robin of datasets
-dataset-pattern = train_weke_128_*.msgpack
-val-dataset-pattern = val_weke_128_*.msgpack
-# DDP
-dist-master-addr = 127.0.0.1
-dist-master-port = 12233
-# misc
-max-checkpoints = 1
-wandb = false
-"""
 CHANGES = {
     "task-type": "sst2",
     "batch-size": "64",
@@ -78,7 +46,7 @@ SEED_MD = Path(__file__).parents[2] / "shared" / "SEED.md"
 
 def finetune_ini() -> str:
     """The fine-tuning file: the same with other values, and without the patterns."""
-    lines = [line for line in PRETRAIN.splitlines() if "dataset-pattern" not in line]
+    lines = [line for line in PRETRAINING.splitlines() if "dataset-pattern" not in line]
     for key, value in CHANGES.items():
         lines = [re.sub(f"^{key} = .*", f"{key} = {value}", line) for line in lines]
     return "\n".join(lines) + "\n"
@@ -101,7 +69,7 @@ def make_work_folder(folder: Path, form: str) -> Path:
         zipped = data / "train_weke_128_2.msgpack.gz"
         zipped.with_suffix("").write_bytes(gzip.decompress(zipped.read_bytes()))
         zipped.unlink()
-    (folder / "config.ini").write_text(PRETRAIN)
+    (folder / "config.ini").write_text(PRETRAINING)
     (folder / "local_config.ini").write_text(SMALL + SIZES)
     texts = [f"the lamp was {('dark', 'bright')[i % 2]} for {i} nights" for i in range(24)]
     for split, rows in (("train", 24), ("validation", 12), ("test", 6)):
@@ -134,7 +102,7 @@ def losses(run: Path) -> Iterator[float]:
 
 @pytest.mark.skipif(not SEED_MD.exists(), reason="needs the seed's description")
 def test_the_files_are_the_documented_ones() -> None:
-    assert f"```\n{PRETRAIN}```" in SEED_MD.read_text()
+    assert f"```\n{PRETRAINING}```" in SEED_MD.read_text()
 
 
 @pytest.mark.parametrize(("number", "task"), [(0, "mlm"), (1, "sst2")])
@@ -183,7 +151,7 @@ def test_the_learning_rate_goes_as_the_seed_says(work: Path) -> None:
 def test_the_case_is_a_name_and_nothing_else(work: Path, tmp_path: Path) -> None:
     shutil.copytree(work / "wiki" / "vocab", tmp_path / "wiki" / "vocab")
     (tmp_path / "wiki" / "datasets").symlink_to(work / "wiki" / "datasets")
-    (tmp_path / "config.ini").write_text(PRETRAIN.replace("dickens", "twist"))
+    (tmp_path / "config.ini").write_text(PRETRAINING.replace("dickens", "twist"))
     (tmp_path / "local_config.ini").write_text(SMALL + SIZES)
     assert bertling("pretrain", cwd=tmp_path).status == 0
     first, second = work / "wiki" / "runs" / "run0", tmp_path / "wiki" / "runs" / "run0"
