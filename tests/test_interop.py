@@ -13,9 +13,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from bertling.files import BertlingError
-from bertling.interop import Head, LoadReport, from_hf, to_hf
+from bertling.interop import LoadReport, from_hf, to_hf
 from bertling.model import BertEncoder, BertForMaskedLM, BertForSequenceClassification, ModelConfig
 from bertling.presets import PRESETS, preset_config
+from bertling.stock import Head
 
 transformers = pytest.importorskip("transformers")
 

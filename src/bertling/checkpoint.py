@@ -14,8 +14,9 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from bertling.files import BertlingError, atomic_folder, fsync_path, read_json, readable_errors, write_json
-from bertling.interop import Head, LoadReport, from_hf, to_hf, unwrap
+from bertling.interop import LoadReport, from_hf, to_hf, unwrap
 from bertling.model import BertForMaskedLM, BertForSequenceClassification
+from bertling.stock import Head
 from bertling.tokenizer import Tokenizer
 
 MANIFEST = "manifest.json"
