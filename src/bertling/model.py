@@ -217,7 +217,7 @@ class BertForMaskedLM(BertEncoder):
         """Logits [B, T, V]; with `positions` [M] (flat, in B * T) logits [M, V]; with `labels` a MaskedOutput.
 
         `labels` belong to `positions`, or are [B, T] without them; -100 marks what is not scored.
-        Only the positions named meet the vocabulary matrix, the largest one: for a small model most of the work.
+        Only the positions named meet the vocabulary matrix, by far the largest one.
         """
         x = self.encode(input_ids, attention_mask, token_type_ids)  # [B, T, D]
         if positions is not None:
