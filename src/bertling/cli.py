@@ -37,8 +37,9 @@ def say(text: str) -> None:
 
 
 def answer(value: Any, text: str, as_json: bool) -> None:
-    """The answer of a command, on standard output."""
-    click.echo(json.dumps(value, ensure_ascii=False) if as_json else text)
+    """The answer of a command, on standard output; of several processes the first one gives it."""
+    if is_first():
+        click.echo(json.dumps(value, ensure_ascii=False) if as_json else text)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
@@ -185,7 +186,7 @@ def pretrain(context: click.Context, configs: tuple[Path, ...], cp: Path | None,
         f"{outcome.run}: step {outcome.step:,}, {outcome.seconds / 60:.1f} minutes, validation accuracy "
         f"{outcome.metrics.get('eval/accuracy', 0.0):.1%}, loss {outcome.metrics.get('eval/loss', 0.0):.3f}",
         as_json,
-    ) if is_first() else None
+    )
     if not outcome.finished:
         sys.exit(STOPPED)
 
@@ -209,7 +210,7 @@ def finetune(
         launch_self(start.settings)
     result = run_finetune(start, say, from_scratch=from_scratch)
     finish(one.outcome.run for one in result.seeds if one.outcome.finished)
-    answer(result.to_dict(), result.text(), as_json) if is_first() else None
+    answer(result.to_dict(), result.text(), as_json)
     if not result.seeds[-1].outcome.finished:
         sys.exit(STOPPED)
 

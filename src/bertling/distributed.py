@@ -36,7 +36,7 @@ class Ranks:
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum over all processes, in place."""
         if self.world_size > 1:
-            dist.all_reduce(tensor)
+            dist.all_reduce(tensor, group=self.control if tensor.device.type == "cpu" else None)
         return tensor
 
     def sum_gradients(self, model: nn.Module) -> None:
@@ -62,11 +62,7 @@ class Ranks:
 
     def any(self, flag: bool) -> bool:
         """Whether it is true on any process."""
-        if self.world_size == 1:
-            return flag
-        tensor = torch.tensor(float(flag))
-        dist.all_reduce(tensor, group=self.control)
-        return bool(tensor > 0)
+        return bool(self.sum(torch.tensor(float(flag))) > 0)
 
     def wait(self) -> None:
         """Until every process has come here."""

@@ -324,8 +324,6 @@ def read_ini(path: Path) -> dict[str, Any]:
     except configparser.ParsingError as error:
         where = f"line {error.errors[0][0] - 1}"
         raise BertlingError(f"{path}: {where}: not of the form 'key = value': mend or remove it") from None
-    except configparser.Error as error:
-        raise BertlingError(f"{path}: not a settings file: {' '.join(str(error).split())}") from None
     values: dict[str, Any] = {}
     for section in parser.sections():
         for key, text in parser[section].items():

@@ -140,7 +140,7 @@ def evaluate_masked_lm(
             )
         totals += torch.tensor([float(output.loss_sum), float(output.correct), batch.count], dtype=torch.float64)
     model.train()
-    loss, correct, count = ranks.sum(totals.float().to(runtime.device)).tolist()
+    loss, correct, count = ranks.sum(totals).tolist()
     return {"eval/loss": loss / max(count, 1), "eval/accuracy": correct / max(count, 1), "eval/scored": count}
 
 
@@ -162,7 +162,6 @@ class ClassificationTask:
         self.steps_per_epoch = float(self.train.steps_per_epoch)
         self.dev = dev
         self.dev_batches = classifier_batches(dev, tokenizer, seq_len)
-        self.num_labels = train.num_labels
         self.floors = floors
 
     def micro_batches(self, step: int, *, rank: int, world_size: int, micro_batch_size: int) -> tuple[list[Batch], int]:

@@ -125,7 +125,7 @@ class Trainer:
             if self.step == 0:
                 self.evaluate(log)
             progress = self.progress()
-            while progress < 1.0 and not self.agree(stop()):
+            while progress < 1.0 and not self.ranks.any(stop()):  # all stop at the same step, or all hang
                 loss = self.train_step(progress)
                 self.step += 1
                 self.log_step(log, loss)
@@ -149,10 +149,6 @@ class Trainer:
         # The first process's clock counts for all of them.
         by_time = 0.0 if budget is None else self.ranks.from_first([self.clock() / (60 * budget)])[0]
         return max(by_steps, by_time)
-
-    def agree(self, stop: bool) -> bool:
-        """Whether any process was asked to stop: all of them stop at the same step, or all of them would hang."""
-        return self.ranks.any(stop)
 
     def train_step(self, progress: float) -> Tensor:
         """One optimizer step over the global batch; returns this process's share of its mean loss."""
