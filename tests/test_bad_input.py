@@ -351,8 +351,13 @@ def test_truncated_checkpoint_of_a_run(world: World, here: Path) -> None:
     shutil.copytree(world.mlm, here / "run", symlinks=True)
     path = here / "run" / "checkpoints" / "last" / "training_state.safetensors"
     path.write_bytes(path.read_bytes()[:-20])
-    words = ["pretrain", "--cp", "run", "--base-dir", world.base, "--max-iters", 9]
-    refuse(world, here, words, "training_state.safetensors: damaged or truncated", "another checkpoint")
+    words = ["pretrain", "--base-dir", world.base, "--max-iters", 9, "--cp"]
+    named = "run/checkpoints/step-0000004"
+    refuse(world, here, [*words, named], "training_state.safetensors: damaged or truncated", "another checkpoint")
+    done = bertling(*words, "run")
+    assert done.status == 0
+    assert f"note: {named}/training_state.safetensors: damaged or truncated (" in done.err
+    assert "note: going on from step-0000002, the newest checkpoint that is intact" in done.err
 
 
 def change_config(folder: Path, **values: object) -> None:
@@ -473,7 +478,7 @@ def test_no_space_left_for_a_checkpoint(world: World, here: Path, monkeypatch: p
     shutil.copytree(world.base / "datasets", here / "datasets")
     monkeypatch.setattr("bertling.checkpoint.save", fail)
     done = bertling("pretrain", *SMALL, *STEPS, "--vocab", VOCAB)
-    assert done.error.startswith("runs/run0/checkpoints/step-0000001: the disk is full: free some space")
+    assert done.error.startswith("runs/run0/checkpoints/step-0000000: the disk is full: free some space")
     assert list((here / "runs" / "run0" / "checkpoints").iterdir()) == []
 
 

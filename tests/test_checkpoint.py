@@ -18,6 +18,7 @@ from bertling.checkpoint import (
     find_checkpoint,
     load_checkpoint,
     load_state,
+    newest_intact,
     run_of,
     save_checkpoint,
     step_folders,
@@ -367,3 +368,41 @@ def test_tensors_of_a_training_state_are_checked(save: Save) -> None:
         verify(folder)
     (folder / "training_state.json").unlink()
     assert load_state(folder) is None
+
+
+@pytest.mark.parametrize("name", sorted(FILES))
+@pytest.mark.parametrize("harm", ["truncated", "flipped", "missing"])
+def test_the_checkpoint_before_a_damaged_one_is_found(save: Save, tmp_path: Path, name: str, harm: str) -> None:
+    checkpoints = tmp_path / "checkpoints"
+    for step in (1, 2, 3):
+        save(step, keep=3)
+    assert newest_intact(checkpoints) == (checkpoints / "step-0000003", [])
+    path = checkpoints / "step-0000003" / name
+    raw = bytearray(path.read_bytes())
+    if harm == "missing":
+        path.unlink()
+    else:
+        raw[len(raw) // 2] ^= 1
+        path.write_bytes(raw[: len(raw) // 2] if harm == "truncated" else raw)
+    found, faults = newest_intact(checkpoints)
+    assert (found.name, len(faults)) == ("step-0000002", 1)
+    assert "step-0000003" in faults[0]
+
+
+def test_a_checkpoint_whose_link_was_not_made_yet_does_no_harm(save: Save, tmp_path: Path) -> None:
+    checkpoints = tmp_path / "checkpoints"
+    for step in (1, 2, 3):
+        save(step, keep=3)
+    for target, expected in (("step-0000002", 2), ("step-0000009", 3), (None, 3)):
+        (checkpoints / "last").unlink()
+        if target:
+            (checkpoints / "last").symlink_to(target)
+        assert newest_intact(checkpoints)[0].name == f"step-000000{expected}"
+        if target is None:
+            break
+    shutil.rmtree(checkpoints / "step-0000003")
+    shutil.rmtree(checkpoints / "step-0000002")
+    assert newest_intact(checkpoints)[0].name == "step-0000001"
+    shutil.rmtree(checkpoints / "step-0000001")
+    with pytest.raises(BertlingError, match="checkpoints: holds no intact checkpoint; start a new run, or restore"):
+        newest_intact(checkpoints)

@@ -2,6 +2,8 @@
 
 import errno
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -400,3 +402,41 @@ def test_progress_is_passed_on(tmp_path: Path) -> None:
     run(source, tmp_path / "out", progress=lambda done, total: seen.append((done, total)))
     assert seen
     assert seen[-1] == (source.stat().st_size, source.stat().st_size)
+
+
+def test_two_preparations_of_one_name_do_not_mix(tmp_path: Path) -> None:
+    """Both run at once over different texts; whichever is first, its splits and its card belong together."""
+    words = [
+        "-l",
+        "x",
+        "-o",
+        tmp_path / "data",
+        "-m",
+        "16",
+        "-v",
+        Path(__file__).parent / "assets" / "vocab",
+        "--workers",
+        "1",
+        "--json",
+    ]
+    for name, line in (("one", "the old lamp was bright . "), ("two", "a quiet river in the night . ")):
+        (tmp_path / f"{name}.txt").write_text("".join(f" = T{i} = \n{line * 200}\n" for i in range(60)))
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "bertling", "prepare", "-i", str(tmp_path / f"{name}.txt"), *map(str, words)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for name in ("one", "two")
+    ]
+    ended = [(*process.communicate(), process.returncode) for process in processes]
+    assert all(status in (0, 2) and "Traceback" not in err for _, err, status in ended), ended
+    cards = [json.loads(out) for out, _, status in ended if status == 0]
+    assert cards
+    assert all("exists already" in err for _, err, status in ended if status == 2)
+    written = json.loads((tmp_path / "data" / "card_x_16_123.json").read_text())
+    assert written in cards
+    for split in ("train", "val", "test"):
+        assert open_samples(tmp_path / "data" / f"{split}_x_16_123").rows == written["splits"][split]["samples"]
+    assert [path.name for path in (tmp_path / "data").iterdir() if "bertling" in path.name] == []

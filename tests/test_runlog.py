@@ -187,10 +187,23 @@ def test_run_without_metrics_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
 @pytest.mark.parametrize("name", ["log.txt", "metrics.jsonl"])
-def test_full_disk_is_one_line(tmp_path: Path, name: str) -> None:
+def test_what_a_full_disk_refuses_waits_for_room(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    whole, full = tmp_path / "whole", tmp_path / "full"
+    with open_log(whole) as log:
+        train(log, 1, 30)
+    with open_log(full) as log:
+        (full / "logs" / name).symlink_to("/dev/full")
+        train(log, 1, 20)
+        (full / "logs" / name).unlink()  # room again
+        train(log, 21, 30)
+    assert (full / "logs" / name).read_text() == (whole / "logs" / name).read_text()
+    assert capsys.readouterr().err.count(f"{name}: the disk is full; what is logged waits for room") == 1
+
+
+def test_a_log_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     with open_log(tmp_path) as log:
-        (tmp_path / "logs" / name).symlink_to("/dev/full")
-        with pytest.raises(BertlingError, match=rf"{name}: the disk is full"):
+        (tmp_path / "logs" / "log.txt").mkdir()
+        with pytest.raises(BertlingError, match=r"log\.txt: this is a folder"):
             train(log, 1, 10)
 
 

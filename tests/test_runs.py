@@ -63,7 +63,8 @@ def about(run: Path) -> dict[str, Any]:
 
 def test_runs_are_numbered_or_named(work: Path) -> None:
     def start(**flags: Any) -> Path:
-        return open_run(Start(Settings(base_dir=work, **flags), frozenset()))
+        with open_run(Start(Settings(base_dir=work, **flags), frozenset())) as run:
+            return run
 
     (work / "runs" / "run7").mkdir(parents=True)
     (work / "runs" / "runner").mkdir()
@@ -261,13 +262,57 @@ def test_settings_that_cannot_hold_together_leave_no_run_behind(train_mlm: Train
     assert not (work / "runs").exists()
 
 
-def test_a_damaged_checkpoint_is_not_resumed(stopped: Path) -> None:
-    path = stopped / "checkpoints" / "last" / "training_state.safetensors"
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(train_mlm: Train, stopped: Path) -> None:
+    last = stopped / "checkpoints" / "last"
+    assert os.readlink(last) == "step-0000002"
+    path = last / "training_state.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(
-        BertlingError, match=r"training_state\.safetensors: damaged or truncated .* use another checkpoint"
-    ):
+    start = resolve_start("pretrain", [], {}, cp=stopped, resume=False)
+    assert start.checkpoint == stopped / "checkpoints" / "step-0000000"
+    assert start.notes[0].startswith(f"{stopped}/checkpoints/step-0000002/training_state.safetensors: damaged")
+    assert start.notes[1] == "going on from step-0000000, the newest checkpoint that is intact"
+    with pytest.raises(BertlingError, match=r"training_state\.safetensors: damaged or truncated .* another checkpoint"):
+        resolve_start("pretrain", [], {}, cp=last.resolve(), resume=False)
+    (stopped / "checkpoints" / "step-0000000" / "manifest.json").unlink()
+    with pytest.raises(BertlingError, match=r"checkpoints: holds no intact checkpoint \(.*step-0000002/training_state"):
         resolve_start("pretrain", [], {}, cp=stopped, resume=False)
+
+
+def test_a_run_without_readable_settings_takes_those_of_its_checkpoint(train_mlm: Train, stopped: Path) -> None:
+    before = (stopped / "config.ini").read_text()
+    for harm in ("\0\xff", None):
+        (stopped / "config.ini").unlink()
+        if harm:
+            (stopped / "config.ini").write_text(harm)
+        start = resolve_start("pretrain", [], {}, cp=stopped, resume=False)
+        assert start.notes[-1].endswith(": restored from the checkpoint")
+        assert (stopped / "config.ini").read_text() == before
+
+
+def test_a_run_in_progress_is_left_alone(train_mlm: Train, stopped: Path, work: Path) -> None:
+    with open_run(resolve_start("pretrain", [], {}, cp=stopped, resume=False)):
+        for way in ({"cp": stopped}, {"resume": True, "base_dir": work}):
+            with pytest.raises(BertlingError, match="run0: another process is training this run"):
+                train_mlm(**way)
+        with (
+            pytest.raises(BertlingError, match="run0: another process is training this run; let it finish or stop it"),
+            open_run(Start(Settings(base_dir=work), frozenset(), stopped)),
+        ):
+            pass
+        assert train_mlm(cp=stopped, run_id="other", max_iters=1).finished
+    assert train_mlm(cp=stopped).finished
+
+
+def test_what_a_killed_process_left_half_written_is_taken_away(train_mlm: Train, stopped: Path) -> None:
+    torn = stopped / "checkpoints" / ".step-0000004.x.bertling-tmp"
+    torn.mkdir()
+    (torn / "model.safetensors").write_text("half")
+    (stopped / ".config.ini.x.bertling-tmp").write_text("half")
+    replaced = stopped / "checkpoints" / ".step-0000002.y.bertling-old"
+    replaced.mkdir()
+    (stopped / "checkpoints" / "step-0000002").rename(replaced / "step-0000002")
+    assert train_mlm(cp=stopped).step == 4
+    assert [path for path in stopped.rglob(".*") if "bertling" in path.name] == []
 
 
 def test_another_run_id_starts_anew_from_the_best_weights(train_mlm: Train, stopped: Path, work: Path) -> None:

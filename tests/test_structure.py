@@ -14,7 +14,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 LEVELS = """
     progress files
     settings
-    runtime
+    runtime budget
     tokenizer
     text duplicates
     corpus
@@ -30,13 +30,14 @@ LEVELS = """
     optim checkpoint
     distributed illustrate
     tasks
+    sinks
     runlog runs
-    plots
+    plots faults
     train inference
     pretrain
     finetune
     tools
-    options
+    options console
     cli
     __main__
 """.strip().splitlines()

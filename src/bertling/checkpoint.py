@@ -13,7 +13,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from bertling.files import BertlingError, atomic_folder, fsync_path, read_json, readable_errors, write_json
+from bertling.files import (
+    UNFINISHED,
+    BertlingError,
+    atomic_folder,
+    fsync_path,
+    read_json,
+    readable_errors,
+    write_json,
+)
 from bertling.interop import LoadReport, from_hf, to_hf, unwrap
 from bertling.model import BertForMaskedLM, BertForSequenceClassification
 from bertling.stock import Head
@@ -21,6 +29,8 @@ from bertling.tokenizer import Tokenizer
 
 MANIFEST = "manifest.json"
 STATE = "training_state"
+NEEDED = {"config.json", "model.safetensors", "vocab.txt", f"{STATE}.json", f"{STATE}.safetensors"}
+"""What the manifest of a run's checkpoint names, or it has been tampered with."""
 
 
 @dataclass(frozen=True)
@@ -90,13 +100,15 @@ def write_manifest(folder: Path) -> None:
     write_json(folder / MANIFEST, {"format": 1, "files": entries})
 
 
-def verify(folder: Path) -> None:
-    """Check every file against the manifest; a folder without one (from elsewhere) has nothing to check."""
-    if not (folder / MANIFEST).exists():
+def verify(folder: Path, *, ours: bool = False) -> None:
+    """Check every file against the manifest, which only a folder that is not `ours` may lack."""
+    if not ours and not (folder / MANIFEST).exists():
         return
     files = read_json(folder / MANIFEST, "checkpoint manifest").get("files")
     if not isinstance(files, dict) or not all(isinstance(entry, dict) for entry in files.values()):
         raise BertlingError(f"{folder / MANIFEST}: does not list files; use another checkpoint")
+    if ours and not files.keys() >= NEEDED:
+        raise BertlingError(f"{folder / MANIFEST}: does not list {min(NEEDED - files.keys())}; use another checkpoint")
     for name, entry in files.items():
         path = folder / name
         if Path(name).name != name or not path.is_file():
@@ -112,7 +124,7 @@ def verify(folder: Path) -> None:
 
 def point(link: Path, folder: Path) -> None:
     """Make a relative link, or swing an existing one over, in one step."""
-    temporary = link.with_name(f".{link.name}.{os.getpid()}.tmp")
+    temporary = link.with_name(f".{link.name}.{os.getpid()}{UNFINISHED}")
     with readable_errors(link):
         temporary.unlink(missing_ok=True)
         temporary.symlink_to(folder.name)
@@ -133,6 +145,30 @@ def rotate(checkpoints: Path, keep: int) -> None:
     for path in others[:-keep]:
         if path.resolve() not in held:
             shutil.rmtree(path, ignore_errors=True)
+
+
+def newest_intact(checkpoints: Path) -> tuple[Path, list[str]]:
+    """The checkpoint of a run to go on from, and what is wrong with newer ones.
+
+    It is the one that `last` points at; where that is damaged, the one before, and so on.
+    """
+    folders = step_folders(checkpoints)[::-1]
+    last = next((path for path in folders if path.resolve() == (checkpoints / "last").resolve()), None)
+    if last is not None:  # newer ones than the last are of a course that was given up
+        at = folders.index(last)
+        folders = folders[at:] + folders[:at]
+    faults: list[str] = []
+    for folder in folders:
+        try:
+            verify(folder, ours=True)
+            return folder, faults
+        except BertlingError as error:
+            faults.append(str(error))
+    raise BertlingError(
+        f"{checkpoints}: holds no intact checkpoint"
+        + (f" ({faults[0]})" if faults else "")
+        + "; start a new run, or restore the folder from a copy"
+    )
 
 
 def find_checkpoint(path: Path, prefer: str) -> Path:

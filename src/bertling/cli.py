@@ -1,7 +1,5 @@
 """The `bertling` command: parsing and wiring only. Heavy modules are imported by the command that needs them."""
 
-import contextlib
-import json
 import os
 import signal
 import sys
@@ -11,7 +9,7 @@ from typing import Any
 
 import click
 
-from bertling.files import BertlingError, readable_errors
+from bertling.console import answer, explain, forget_output, is_first, is_rank, say
 from bertling.options import (
     PATH,
     GroupedCommand,
@@ -25,21 +23,10 @@ from bertling.options import (
     start_options,
     training_options,
 )
-from bertling.settings import Settings, default_files
+from bertling.settings import Settings, default_files, read_settings
 
 STOPPED = 3
 """Exit status of a training that was asked to stop, and saved."""
-
-
-def say(text: str) -> None:
-    """What is not an answer goes to standard error."""
-    click.echo(text, err=True)
-
-
-def answer(value: Any, text: str, as_json: bool) -> None:
-    """The answer of a command, on standard output; of several processes the first one gives it."""
-    if is_first():
-        click.echo(json.dumps(value, ensure_ascii=False) if as_json else text)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
@@ -114,6 +101,7 @@ def prepare(
     """Turn text files into rows of token ids, split by document, with a data card."""
     from bertling.prepare import prepare as run_prepare
     from bertling.progress import ByteProgress
+    from bertling.splits import parse_shares
     from bertling.text import TextOptions
     from bertling.tokenizer import Tokenizer
 
@@ -130,17 +118,6 @@ def prepare(
             **options,
         )
     answer(card.to_dict(), card.text(), as_json)
-
-
-def parse_shares(text: str | None) -> tuple[float, float, float] | None:
-    """Three shares, as 0.8,0.1,0.1."""
-    if text is None:
-        return None
-    try:
-        train, val, test = (float(part) for part in text.split(","))
-    except ValueError:
-        raise BertlingError(f"split: {text}: must be three numbers, as 0.8,0.1,0.1") from None
-    return train, val, test
 
 
 @cli.command()
@@ -170,7 +147,7 @@ def pretrain(context: click.Context, configs: tuple[Path, ...], cp: Path | None,
 
     if wants_launch(start.settings):
         load_start(start, lambda text: None)
-        launch_self(start.settings)
+        launch_self(start)
     outcome = run_pretrain(start, say)
     finish([outcome.run] if outcome.finished else [])
     answer(
@@ -182,6 +159,7 @@ def pretrain(context: click.Context, configs: tuple[Path, ...], cp: Path | None,
             "finished": outcome.finished,
             "best_accuracy": outcome.best_accuracy if outcome.best_step else None,
             "best_step": outcome.best_step,
+            "skipped_steps": outcome.skipped_steps,
         },
         f"{outcome.run}: step {outcome.step:,}, {outcome.seconds / 60:.1f} minutes, validation accuracy "
         f"{outcome.metrics.get('eval/accuracy', 0.0):.1%}, loss {outcome.metrics.get('eval/loss', 0.0):.3f}",
@@ -207,7 +185,7 @@ def finetune(
 
     if wants_launch(start.settings):
         check_start(start, from_scratch=from_scratch)
-        launch_self(start.settings)
+        launch_self(start)
     result = run_finetune(start, say, from_scratch=from_scratch)
     finish(one.outcome.run for one in result.seeds if one.outcome.finished)
     answer(result.to_dict(), result.text(), as_json)
@@ -221,6 +199,8 @@ def begin(command: str, configs: tuple[Path, ...], flags: dict[str, Any], cp: Pa
 
     start = resolve_start(command, list(configs) or default_files(Path()), flags, cp=cp, resume=resume)
     if is_first() and not wants_launch(start.settings):
+        for note in start.notes:
+            say(f"note: {note}")
         if configs and start.run is not None:
             say(f"note: {configs[0]} was not read: a resumed run keeps the settings in its own config.ini")
         if "nproc" in start.explicit and not start.settings.ddp:
@@ -235,17 +215,16 @@ def wants_launch(settings: Settings) -> bool:
     return settings.ddp and not launched()
 
 
-def launch_self(settings: Settings) -> None:
+def launch_self(start: Any) -> None:
     """Run this very command on several processes, and end with their status."""
     from bertling.distributed import launch
 
-    status = launch(settings, sys.argv[1:])
+    words = sys.argv[1:]
+    if "--resume" in words:  # all of them resume the run that was found here
+        at = words.index("--resume")
+        words[at : at + 1] = ["--cp", str(start.run)]
+    status = launch(start.settings, words)
     sys.exit(STOPPED if status is None else status)
-
-
-def is_first() -> bool:
-    """Whether this is the process that answers."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def finish(runs: Iterable[Path]) -> None:
@@ -279,6 +258,39 @@ def evaluate(
 
     result = run_evaluate(cp, data, text_column=text_column, label_column=label_column, device=device)
     answer(result.to_dict(), result.text(), as_json)
+
+
+@cli.command("verify-resume")
+@click.option("-c", "--config", "configs", type=PATH, multiple=True, help="settings file of the training to verify")
+@click.option("--cp", type=PATH, help="the checkpoint that a fine-tuning starts from")
+@click.option("--from-scratch", is_flag=True, help="a fine-tuning without a checkpoint")
+@click.option("--base-dir", type=PATH, help="work folder, instead of the settings'")
+@click.option("--steps", type=click.IntRange(2), default=40, show_default=True, help="length of the training")
+@click.option("--kills", type=click.IntRange(1), default=3, show_default=True, help="SIGKILLs at random moments")
+@click.option("--seed", type=int, default=0, show_default=True, help="of these moments")
+@json_option
+def verify_resume(
+    configs: tuple[Path, ...],
+    cp: Path | None,
+    from_scratch: bool,
+    base_dir: Path | None,
+    steps: int,
+    kills: int,
+    seed: int,
+    as_json: bool,
+) -> None:
+    """See on your own settings and machine that a killed and resumed training ends as if it had never stopped."""
+    from bertling.tools.verify_resume import verify_resume as run_verify
+
+    settings, explicit = read_settings(
+        list(configs) or default_files(Path()), {} if base_dir is None else {"base_dir": base_dir}
+    )
+    report = run_verify(
+        settings, explicit, cp=cp, from_scratch=from_scratch, steps=steps, kills=kills, seed=seed, say=say
+    )
+    answer(report.to_dict(), report.text(), as_json)
+    if not report.passed:
+        sys.exit(1)
 
 
 def open_model(cp: Path, device: str) -> Any:
@@ -343,6 +355,21 @@ def summary(cp: Path | None, preset: str, size: str, vocab_size: int, as_json: b
 
 
 def main() -> None:
+    """Run the command line, and end the process of a rank at once: gloo's threads now and then abort a normal end."""
+    status: Any = 0
+    try:
+        run()
+    except SystemExit as end:
+        status = end.code
+        if not is_rank():
+            raise
+    if is_rank():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(int(status or 0))
+
+
+def run() -> None:
     """Run the command line: what goes wrong is one line and status 2; a traceback means a fault in here."""
     words = [word for word in sys.argv[1:] if word != "--debug"]
     try:
@@ -359,30 +386,6 @@ def main() -> None:
             forget_output()
         say(f"error: {message}")
         sys.exit(128 + signal.SIGINT if isinstance(error, click.Abort) else 2)
-
-
-def explain(error: Exception) -> str | None:
-    """One line for the user; None for what only a programmer can mend."""
-    if isinstance(error, click.Abort):
-        return "interrupted"
-    if isinstance(error, click.ClickException):
-        where = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "bertling"
-        return f"{' '.join(error.format_message().split()).rstrip('.')}; '{where} --help' shows what it takes"
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, which is not loaded
-        return "out of memory; lower micro-batch-size, or the size of the model"
-    if isinstance(error, OSError):
-        try:
-            with readable_errors(Path(error.filename or "output")):
-                raise error
-        except BertlingError as readable:
-            return str(readable)
-    return " ".join(str(error).split()) if isinstance(error, BertlingError) else None
-
-
-def forget_output() -> None:
-    """Send what is still buffered nowhere: Python would try again at the end, and complain."""
-    with contextlib.suppress(OSError), open(os.devnull, "wb") as nowhere:
-        os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

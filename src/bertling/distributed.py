@@ -1,6 +1,8 @@
 """Several processes: who am I, sums over all of us, and the launch through torchrun."""
 
 import os
+import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -60,6 +62,12 @@ class Ranks:
         dist.broadcast(tensor, src=0, group=self.control)
         return [float(value) for value in tensor.tolist()]
 
+    def text_from_first(self, text: str) -> str:
+        """The first process's text, on every process."""
+        size = int(self.from_first([float(len(text.encode()))])[0])
+        codes = self.from_first([float(code) for code in text.encode()[:size].ljust(size)])
+        return bytes(int(code) for code in codes).decode()
+
     def any(self, flag: bool) -> bool:
         """Whether it is true on any process."""
         return bool(self.sum(torch.tensor(float(flag))) > 0)
@@ -74,6 +82,8 @@ def join(settings: Settings) -> Ranks:
     """Meet the other processes if torchrun started this one, else be alone."""
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         return Ranks()
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        watch_launcher()
     local_rank, world_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ["WORLD_SIZE"])
     local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
     check_processes(settings, world_size, local_processes)
@@ -83,6 +93,18 @@ def join(settings: Settings) -> Ranks:
     )
     control = dist.new_group(backend="gloo") if on_gpu else None
     return Ranks(int(os.environ["RANK"]), world_size, local_rank, local_processes, control)
+
+
+def watch_launcher() -> None:
+    """End this process when its launcher is killed; else it would go on, holding its GPU and the run."""
+    launcher = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == launcher:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def wants_gpu(settings: Settings) -> bool:

@@ -1,19 +1,30 @@
 """Writing and reading files so that nothing half-written is ever left, and every failure is one clear line."""
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+UNFINISHED, REPLACED = ".bertling-tmp", ".bertling-old"
+"""Endings of hidden names: what is being written, and what is just being replaced."""
+MOST_JSON = 1 << 26
 
 
 class BertlingError(Exception):
     """What went wrong, where, and what to do, in one line for the user; the command exits with status 2."""
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether a full disk or a used-up quota is behind an error."""
+    cause = error if isinstance(error, OSError) else error.__cause__
+    return isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 @contextmanager
@@ -32,7 +43,19 @@ def readable_errors(path: Path) -> Iterator[None]:
             "ENOTDIR": "a part of this path is a file, not a folder: choose another path",
         }
         name = "" if error.errno is None else errno.errorcode.get(error.errno, "")
-        raise BertlingError(f"{path}: {hints.get(name, error.strerror or str(error))}") from error
+        said = " ".join((error.strerror or str(error)).split())
+        other = said if name else f"cannot be read ({said:.200}); fetch or make it again"
+        raise BertlingError(f"{path}: {hints.get(name, other)}") from error
+
+
+@contextmanager
+def skipped_on_full_disk() -> Iterator[None]:
+    """Let something that can be done without be left out where the disk is full."""
+    try:
+        yield
+    except BertlingError as error:
+        if not is_disk_full(error):
+            raise
 
 
 def fsync_path(path: Path) -> None:
@@ -66,20 +89,74 @@ def parents_of(path: Path) -> Iterator[None]:
 
 
 @contextmanager
+def locked(path: Path, *, wait: bool) -> Iterator[None]:
+    """Hold a file or folder against the processes that ask for it in this way; the system frees it at our death.
+
+    Where another one has it, wait, or else raise BlockingIOError. On a file system without locks nothing is held.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise
+        except OSError:
+            pass
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def sweep(parent: Path) -> None:
+    """Take away what killed processes have left half-written in a folder; what they were replacing is put back."""
+    for path in parent.glob(".*"):
+        if path.suffix not in (UNFINISHED, REPLACED):
+            continue
+        with suppress(OSError), ExitStack() as stack:
+            if not path.is_symlink():
+                stack.enter_context(locked(path, wait=False))  # whoever made it holds it as long as it lives
+            for old in path.iterdir() if path.suffix == REPLACED else ():
+                if not (parent / old.name).exists():
+                    os.replace(old, parent / old.name)
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+
+
+@contextmanager
+def claimed(make: Callable[[], Path]) -> Iterator[Path]:
+    """Make a temporary file or folder and hold it, so that no `sweep` takes it for a dead process's."""
+    with ExitStack() as stack:
+        while True:
+            path = make()
+            with suppress(FileNotFoundError):  # a sweep came between making and locking
+                stack.enter_context(locked(path, wait=True))
+                if path.exists():
+                    break
+        yield path
+
+
+@contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it is flushed and renamed, on failure it is removed."""
-    with readable_errors(path), parents_of(path):
-        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+
+    def make() -> Path:
+        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=UNFINISHED, dir=path.parent)
         os.close(descriptor)
-        temporary = Path(name)
-        try:
-            yield temporary
-            fsync_path(temporary)
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, path)
-            fsync_path(path.parent)
-        finally:
-            temporary.unlink(missing_ok=True)
+        return Path(name)
+
+    with readable_errors(path), parents_of(path):
+        sweep(path.parent)
+        with claimed(make) as temporary:
+            try:
+                yield temporary
+                fsync_path(temporary)
+                os.chmod(temporary, 0o644)
+                os.replace(temporary, path)
+                fsync_path(path.parent)
+            finally:
+                temporary.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -90,27 +167,37 @@ def atomic_folder(target: Path, *, force: bool = False) -> Iterator[Path]:
     """
     if target.exists() and not force:
         raise BertlingError(f"{target}: exists already; give --force to replace it, or choose another name")
+
+    def make(ending: str = UNFINISHED) -> Path:
+        return Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=ending, dir=target.parent))
+
     with readable_errors(target), parents_of(target):
-        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
-        try:
-            yield temporary
-            for path in sorted(temporary.rglob("*")):
-                fsync_path(path)
-            os.chmod(temporary, 0o755)
-            if target.exists():
-                old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
-                os.replace(target, old / target.name)
-                os.replace(temporary, target)
-                shutil.rmtree(old)
-            else:
-                os.replace(temporary, target)
-            fsync_path(target.parent)
-        except BertlingError as error:
-            if str(temporary) not in str(error):
-                raise
-            raise BertlingError(str(error).replace(str(temporary), str(target))) from error.__cause__
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+        sweep(target.parent)
+        with claimed(make) as temporary:
+            try:
+                yield temporary
+                for path in sorted(temporary.rglob("*")):
+                    fsync_path(path)
+                os.chmod(temporary, 0o755)
+                if target.exists():
+                    with claimed(lambda: make(REPLACED)) as old:
+                        os.replace(target, old / target.name)
+                        try:
+                            os.replace(temporary, target)
+                        except OSError:
+                            os.replace(old / target.name, target)
+                            raise
+                        finally:
+                            shutil.rmtree(old)
+                else:
+                    os.replace(temporary, target)
+                fsync_path(target.parent)
+            except BertlingError as error:
+                if str(temporary) not in str(error):
+                    raise
+                raise BertlingError(str(error).replace(str(temporary), str(target))) from error.__cause__
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
 
 
 def sha256_of(path: Path) -> str:
@@ -119,13 +206,21 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def read_bounded(path: Path, most: int) -> bytes:
+    """The bytes of a file that is never large."""
+    with readable_errors(path), path.open("rb") as file:
+        raw = file.read(most + 1)
+    if len(raw) > most:
+        raise BertlingError(f"{path}: larger than {most >> 20} MiB, which no such file is; name another one")
+    return raw
+
+
 def read_json(path: Path, what: str) -> dict[str, Any]:
     """Load a JSON object; `what` names the file's role in the error."""
-    with readable_errors(path):
-        raw = path.read_bytes()
+    raw = read_bounded(path, MOST_JSON)
     try:
         value = json.loads(raw)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BertlingError(f"{path}: this {what} is not valid JSON ({error}); restore or remake it") from error
     if not isinstance(value, dict):
         raise BertlingError(f"{path}: this {what} must hold a JSON object, not {type(value).__name__}")

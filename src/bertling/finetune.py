@@ -1,6 +1,7 @@
 """Fine-tuning a classifier from the settings on: labelled texts, model, run folders, one or several seeds."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import torch
 
 from bertling import distributed
+from bertling.budget import total_steps
 from bertling.checkpoint import load_checkpoint
 from bertling.distributed import Ranks
 from bertling.files import BertlingError, write_json
@@ -29,7 +31,7 @@ from bertling.runtime import Runtime, build_runtime
 from bertling.settings import Settings, settings_line
 from bertling.tasks import ClassificationTask, classification_floors, evaluate_classifier
 from bertling.tokenizer import Tokenizer
-from bertling.train import Outcome, Trainer, total_steps
+from bertling.train import Outcome, Trainer
 
 Say = Callable[[str], None]
 COLLAPSED = 0.01
@@ -163,7 +165,7 @@ def train_seed(
     task = ClassificationTask(
         train, dev, tokenizer, batch_size=settings.batch_size, seq_len=seq_len, seed=settings.seed, floors=floors
     )
-    steps = total_steps(settings, task)
+    steps = total_steps(settings, task.steps_per_epoch)
     settings = replace(as_trained(start, model.config, seq_len), dropout=settings.dropout)
     say(settings_line(settings, "finetune"))
     say(
@@ -177,9 +179,10 @@ def train_seed(
     )
     if task.train.truncated:
         say(f"note: {task.train.truncated:,} training texts are longer than {seq_len} tokens, and cut there")
-    run = open_run(replace(start, settings=settings)) if ranks.first else Path()
-    say(f"run folder: {run}")
-    outcome = Trainer(task, model, tokenizer, settings, runtime, ranks, run, state=start.state).train()
+    with open_run(replace(start, settings=settings)) if ranks.first else nullcontext(Path()) as folder:
+        run = Path(ranks.text_from_first(str(folder)))
+        say(f"run folder: {run}")
+        outcome = Trainer(task, model, tokenizer, settings, runtime, ranks, run, state=start.state).train()
     scores = evaluate_classifier(model, dev, task.dev_batches, runtime)
     return SeedResult(settings.seed, outcome, scores)
 

@@ -18,7 +18,7 @@ import torch
 
 from bertling.corpus import Corpus, build_corpus
 from bertling.datacard import DataCard, SplitCard
-from bertling.files import BertlingError, atomic_file, atomic_folder, readable_errors, write_json
+from bertling.files import BertlingError, atomic_file, atomic_folder, locked, readable_errors, write_json
 from bertling.masking import mask_tokens
 from bertling.packed import IGNORED, MAX_SEQ_LEN, Ids, write_pairs
 from bertling.samples import MANIFEST, SamplesWriter, Tally, unigram_floors
@@ -120,12 +120,13 @@ def prepare(
             parts[name] = whole(corpora[name])
     parts = {name: parts[name] for name in wanted}
     _check_lengths(parts, layout, inputs)
-    written = _write(parts, layout, force)
-    if force:
-        notes += _remove_stale(layout, wanted)
-    card = _card(layout, list(corpora.values()), parts, written, notes)
-    card = replace(card, seconds=round(time.monotonic() - began, 2))
-    write_json(layout.card(), card.to_dict())
+    with ExitStack() as held:
+        written = _write(parts, layout, force, held)
+        if force:
+            notes += _remove_stale(layout, wanted)
+        card = _card(layout, list(corpora.values()), parts, written, notes)
+        card = replace(card, seconds=round(time.monotonic() - began, 2))
+        write_json(layout.card(), card.to_dict())
     return card
 
 
@@ -231,8 +232,11 @@ def _hashed(blocks: Iterator[Ids], layout: Layout, hashes: list[npt.NDArray[np.u
         yield rows
 
 
-def _write(parts: dict[str, Part], layout: Layout, force: bool) -> dict[str, _Written]:
-    """Write all splits; they appear together once all are complete."""
+def _write(parts: dict[str, Part], layout: Layout, force: bool, held: ExitStack) -> dict[str, _Written]:
+    """Write all splits; they appear together once all are complete.
+
+    From then on the output folder is `held`, so that the splits of two preparations with one name do not mix.
+    """
     written = {}
     with ExitStack() as stack:
         for name, part in parts.items():
@@ -252,6 +256,9 @@ def _write(parts: dict[str, Part], layout: Layout, force: bool) -> dict[str, _Wr
                 with readable_errors(target):
                     tally = _write_folder(folder, rows, layout, name, len(part.hashes))
             written[name] = _Written(tally, hashes)
+        held.enter_context(locked(layout.output, wait=True))
+        if not force:
+            _refuse_existing(layout)
     return written
 
 

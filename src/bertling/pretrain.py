@@ -1,6 +1,7 @@
 """Pre-training from the settings on: data, vocabulary, model, run folder; then the loop."""
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import torch
 
 from bertling import distributed
 from bertling.batches import check_samples
+from bertling.budget import total_steps
 from bertling.checkpoint import Loaded, load_checkpoint
 from bertling.distributed import Ranks
 from bertling.files import BertlingError
@@ -19,7 +21,7 @@ from bertling.samples import Samples, match_samples, open_samples
 from bertling.settings import Settings, key_of, settings_line
 from bertling.tasks import MaskedLMTask
 from bertling.tokenizer import Tokenizer
-from bertling.train import Outcome, Trainer, total_steps
+from bertling.train import Outcome, Trainer
 
 Say = Callable[[str], None]
 
@@ -55,10 +57,11 @@ def pretrain(start: Start, say: Say) -> Outcome:
         settings = as_trained(start, model.config, task.train.seq_len)
         say(settings_line(settings, "pretrain"))
         introduce(model, task, data, settings, runtime, ranks, say)
-        run = open_run(replace(start, settings=settings)) if ranks.first else Path()
-        trainer = Trainer(task, model, data.tokenizer, settings, runtime, ranks, run, state=start.state)
-        say(f"run folder: {run}")
-        return trainer.train()
+        with open_run(replace(start, settings=settings)) if ranks.first else nullcontext(Path()) as folder:
+            run = Path(ranks.text_from_first(str(folder)))
+            trainer = Trainer(task, model, data.tokenizer, settings, runtime, ranks, run, state=start.state)
+            say(f"run folder: {run}")
+            return trainer.train()
     finally:
         distributed.leave()
 
@@ -219,7 +222,7 @@ def introduce(
     """Say what is about to be trained, on what, and the floors that it has to leave."""
     config, count = model.config, count_parameters(model)
     rows = sum(samples.rows for samples in data.train)
-    steps = total_steps(settings, task)
+    steps = total_steps(settings, task.steps_per_epoch)
     for note in runtime.notes:
         say(f"note: {note}")
     say(

@@ -1,16 +1,10 @@
 """Everything that a run tells: log.txt, metrics.jsonl, TensorBoard events, W&B on request, and the progress line."""
 
-import io
 import json
 import math
-import netrc
-import os
-import platform
 import re
-import time
 from collections import deque
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -19,10 +13,13 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 from rich.text import Text
 
-from bertling.files import BertlingError, atomic_write, readable_errors, write_json
+from bertling.files import BertlingError, atomic_write, is_disk_full, readable_errors, write_json
+from bertling.sinks import EventFile, start_wandb
 
 # The speed is taken over this many calls, so that compilation and slow first steps leave the forecast soon.
 SPEED_WINDOW = 200
+MOST_KEPT_BACK = 1 << 22
+"""Bytes for each file that wait for room on a full disk."""
 STATUS_LINE = re.compile(r"(?:\d+% \| )?([\d,]+)(?:/[\d,]+)? \| e: ")
 
 
@@ -31,8 +28,9 @@ class RunLog:
 
     `start_step` is the last step that a resumed run had finished: what a killed run wrote of later steps is cut off.
     `start_seconds` is the training time until then.
-    Nothing is written to standard output. Raises BertlingError where a file cannot be written, where metrics.jsonl is
-    damaged, and where `wandb` is asked for but not installed.
+    Nothing is written to standard output. On a full disk lines are kept back until there is room. Raises BertlingError
+    where a file cannot be written for another reason, where metrics.jsonl is damaged, and where `wandb` is asked for
+    but not installed.
     """
 
     def __init__(
@@ -57,11 +55,13 @@ class RunLog:
         self._console = console or Console(stderr=True)
         self._progress: Progress | None = None
         plain_settings = json.loads(json.dumps(dict(settings), default=str))
-        self._wandb = _start_wandb(folder, run_name, plain_settings) if wandb else None
+        self._wandb = start_wandb(folder, run_name, plain_settings) if wandb else None
+        self._kept_back: dict[Path, bytes] = {}
         write_json(self._logs / "run.json", {"name": run_name, "settings": plain_settings})
         _cut_metrics(self._logs / "metrics.jsonl", start_step)
         _cut_log(self._logs / "log.txt", start_step)
-        self._events = _EventFile(self._logs, first_step=start_step + 1)
+        self._events = EventFile(self._logs, self._append)
+        self._events.begin(start_step + 1)
         self._step, self._seconds = start_step, start_seconds
         self._recent = deque([(start_step, start_seconds)], maxlen=SPEED_WINDOW)
         self._interval_tokens, self._interval_seconds = 0, 0.0
@@ -114,15 +114,28 @@ class RunLog:
         """Write `plain` to log.txt and, where the terminal can show it, `colour` to the terminal."""
         if not self._enabled:
             return
-        _append(self._logs / "log.txt", plain.rstrip("\n").encode() + b"\n")
+        self._append(self._logs / "log.txt", plain.rstrip("\n").encode() + b"\n")
         shown = colour if self._console.is_terminal else plain
         # Unwrapped where nobody watches, so that one message stays one line in a file.
         self._console.print(shown, markup=False, highlight=False, soft_wrap=not self._console.is_terminal)
 
-    def close(self) -> None:
-        """Stop the progress line and W&B; every file is complete already. May be called twice."""
+    def go_back(self, step: int, why: str) -> None:
+        """Forget what was told of steps after `step`, which the run is about to do once more, and say why."""
         if not self._enabled:
             return
+        _cut_metrics(self._logs / "metrics.jsonl", step)
+        _cut_log(self._logs / "log.txt", step)
+        self._events.begin(step + 1)
+        self._step = step
+        self._recent = deque([(step, self._seconds)], maxlen=SPEED_WINDOW)
+        self.line(why)
+
+    def close(self) -> None:
+        """Stop the progress line and W&B; every file is complete already, if the disk had room. May be called twice."""
+        if not self._enabled:
+            return
+        for path in list(self._kept_back):
+            self._append(path, b"")
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
@@ -143,11 +156,28 @@ class RunLog:
         # JSON has no NaN; null keeps the line readable by every tool.
         finite = {key: value if math.isfinite(value) else None for key, value in metrics.items()}
         entry = {"step": step, "time": round(self._seconds, 3), **finite}
-        _append(self._logs / "metrics.jsonl", json.dumps(entry, allow_nan=False).encode() + b"\n")
+        self._append(self._logs / "metrics.jsonl", json.dumps(entry, allow_nan=False).encode() + b"\n")
         moving = {key: value for key, value in metrics.items() if not key.startswith("floor")}
         self._events.scalars(step, moving)
         if self._wandb is not None:
             self._wandb.log(moving, step=step)
+
+    def _append(self, path: Path, data: bytes) -> None:
+        """Add to a file without buffering, so that a killed run loses nothing; what a full disk refuses waits."""
+        first = not self._kept_back
+        data = self._kept_back.pop(path, b"") + data
+        with readable_errors(path):
+            try:
+                with path.open("ab", buffering=0) as file:
+                    while data:
+                        data = data[file.write(data) :]
+            except OSError as error:
+                if not is_disk_full(error):
+                    raise
+                self._kept_back[path] = data[-MOST_KEPT_BACK:]
+                if first:
+                    said = f"warning: {path}: the disk is full; what is logged waits for room"
+                    self._console.print(said, markup=False)
 
     def _forecast(self) -> tuple[float | None, float | None, float | None]:
         """Seconds a step, fraction done and seconds left, as far as they are known."""
@@ -312,66 +342,3 @@ def _cut_log(path: Path, start_step: int) -> None:
     text = "".join(kept).encode()
     if text != raw:
         atomic_write(path, text)
-
-
-def _append(path: Path, data: bytes) -> None:
-    """Add to a file without buffering, so that a killed run loses nothing that it had written."""
-    with readable_errors(path), path.open("ab", buffering=0) as file:
-        while data:
-            data = data[file.write(data) :]
-
-
-class _EventFile:
-    """A TensorBoard event file, written in the foreground so that a full disk is met here and not in a thread."""
-
-    def __init__(self, logs: Path, *, first_step: int) -> None:
-        from tensorboard.compat.proto import event_pb2
-
-        # Readers take the files in the order of their names.
-        self._path = logs / f"events.out.tfevents.{time.time():017.6f}.{platform.node()}"
-        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-        self._write(
-            event_pb2.Event(wall_time=time.time(), file_version="brain.Event:2"),
-            # Readers forget events of this step and later ones that an earlier, killed run has left.
-            event_pb2.Event(wall_time=time.time(), step=first_step, session_log=start),
-        )
-
-    def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        from tensorboard.compat.proto import event_pb2, summary_pb2
-
-        points = [summary_pb2.Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
-        summary = summary_pb2.Summary(value=points)
-        self._write(event_pb2.Event(wall_time=time.time(), step=step, summary=summary))
-
-    def _write(self, *events: Any) -> None:
-        from tensorboard.summary.writer.record_writer import RecordWriter
-
-        buffer = io.BytesIO()
-        for event in events:
-            RecordWriter(buffer).write(event.SerializeToString())
-        _append(self._path, buffer.getvalue())
-
-
-def _start_wandb(folder: Path, run_name: str, settings: dict[str, Any]) -> Any:
-    """Start a Weights & Biases run; offline without an API key, so that it never asks for a login."""
-    try:
-        import wandb
-    except ImportError as error:
-        raise BertlingError("wandb: the package is not installed; pip install wandb, or set wandb = false") from error
-    mode = os.environ.get("WANDB_MODE") or ("online" if _has_wandb_key() else "offline")
-    folder.mkdir(parents=True, exist_ok=True)
-    project = os.environ.get("WANDB_PROJECT", "bertling")
-    quiet = wandb.Settings(silent=True)
-    try:
-        return wandb.init(project=project, name=run_name, config=settings, dir=str(folder), mode=mode, settings=quiet)
-    except Exception as error:
-        raise BertlingError(f"wandb: it did not start ({error}); set WANDB_MODE=offline, or wandb = false") from error
-
-
-def _has_wandb_key() -> bool:
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("//")[-1].split("/")[0]
-    with suppress(OSError, netrc.NetrcParseError):
-        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
-    return False

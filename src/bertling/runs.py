@@ -1,19 +1,34 @@
 """Run folders: a new one, the one to resume, and what a checkpoint given with --cp means."""
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bertling.checkpoint import TrainingState, find_checkpoint, load_state, run_of, verify
-from bertling.files import BertlingError, atomic_write, read_json, readable_errors, write_json
-from bertling.settings import COMMANDS, Settings, key_of, resolve
+from bertling.checkpoint import (
+    TrainingState,
+    find_checkpoint,
+    load_state,
+    newest_intact,
+    run_of,
+    step_folders,
+    verify,
+)
+from bertling.files import BertlingError, atomic_write, locked, read_json, readable_errors, sweep, write_json
+from bertling.settings import COMMANDS, Settings, key_of, read_ini, resolve
 
 # What a run is: a resumed one keeps it.
 FIXED = (
     "preset size d_model n_layers heads dropout seq_len batch_size mlm_probability optimizer seed dataset_pattern "
     "val_dataset_pattern train_input val_input text_column label_column schedule dtype seeds"
 ).split()
+
+BUSY = (
+    "{}: another process is training this run; let it finish or stop it (Ctrl-C saves), or start a new run from its "
+    "weights with a new --run-id"
+)
 
 
 @dataclass(frozen=True)
@@ -27,6 +42,8 @@ class Start:
     checkpoint: Path | None = None
     """The weights to start from; None for fresh ones."""
     state: TrainingState | None = None
+    notes: tuple[str, ...] = ()
+    """What the user should know: damaged checkpoints that were passed over."""
 
 
 def resolve_start(
@@ -35,7 +52,8 @@ def resolve_start(
     """Fresh, from the weights of `cp`, or in the middle of a run: `cp` of the same task, or the newest unfinished one.
 
     A resumed run keeps its own settings; only flags on the command line change them, where that makes sense. With
-    another `run_id` a new run starts from the best weights of `cp` in any case.
+    another `run_id` a new run starts from the best weights of `cp` in any case. Of a run the newest intact checkpoint
+    counts; a checkpoint that is named itself must be intact.
     """
     if resume and cp is not None:
         raise BertlingError("--resume finds the run itself, --cp names one: give one of them")
@@ -44,15 +62,19 @@ def resolve_start(
         cp = unfinished_run(base_dir, {task for task, name in COMMANDS.items() if name == command})
     if cp is None:
         return Start(*resolve(command, files, flags))
-    checkpoint = find_checkpoint(cp, "last")
-    run = run_of(checkpoint)
+    run = run_meant(cp)
     if run is None or COMMANDS.get(str(read_json(run / "run.json", "run description").get("task"))) != command:
         return Start(*resolve(command, files, flags), checkpoint=find_checkpoint(cp, "best"))
-    verify(checkpoint)
+    if flags.get("run_id") not in (None, run.name):
+        return Start(*resolve(command, files, flags), checkpoint=find_checkpoint(cp, "best"))
+    check_idle(run)
+    checkpoint, faults = checkpoint_meant(cp, run)
     state = load_state(checkpoint)
-    anew = flags.get("run_id") not in (None, run.name)
-    if state is None or anew:
-        return Start(*resolve(command, files, flags), checkpoint=find_checkpoint(cp, "best") if anew else checkpoint)
+    assert state is not None  # the manifest names it
+    notes = [f"{fault.partition(';')[0]}: passed over" for fault in faults]
+    if faults:
+        notes.append(f"going on from {checkpoint.name}, the newest checkpoint that is intact")
+    notes += mend_record(run, state)
     settings, _ = resolve(command, [run / "config.ini"], flags)
     before, _ = resolve(command, [run / "config.ini"], {})
     for name in FIXED:
@@ -65,7 +87,50 @@ def resolve_start(
     if read_json(run / "run.json", "run description").get("finished"):
         check_longer(run, settings, flags, state)
     # The run's file holds defaults too: explicit is what was given now.
-    return Start(settings, frozenset(flags), run, checkpoint, state)
+    return Start(settings, frozenset(flags), run, checkpoint, state, tuple(notes))
+
+
+def run_meant(cp: Path) -> Path | None:
+    """The run that `cp` is, or lies in; None for a folder from elsewhere."""
+    path = Path(os.path.abspath(cp))  # links unresolved: `last` may point at nothing
+    inside = next((parent for parent in (path, path.parent) if parent.name == "checkpoints"), None)
+    run = inside.parent if inside else path
+    if (run / "run.json").is_file() and (run / "checkpoints").is_dir():
+        return cp if run == path else run
+    return run_of(find_checkpoint(cp, "last"))
+
+
+def checkpoint_meant(cp: Path, run: Path) -> tuple[Path, list[str]]:
+    """The intact checkpoint to go on from, and what is wrong with newer ones; a step folder, or best, means itself."""
+    if cp.name == "best" or cp.name.startswith("step-"):
+        verify(cp, ours=True)
+        return cp, []
+    return newest_intact(run / "checkpoints")
+
+
+def mend_record(run: Path, state: TrainingState) -> list[str]:
+    """Take the settings out of the checkpoint where the run's own file cannot be read; says so."""
+    try:
+        read_ini(run / "config.ini")
+    except BertlingError as error:
+        atomic_write(run / "config.ini", str(state.numbers.get("settings")))
+        return [f"{error}: restored from the checkpoint"]
+    return []
+
+
+def check_idle(run: Path) -> None:
+    """Refuse a run that another process is training. Of several processes of one training the first one asks."""
+    if os.environ.get("RANK", "0") == "0" and in_progress(run):
+        raise BertlingError(BUSY.format(run))
+
+
+def in_progress(run: Path) -> bool:
+    """Whether a process is training this run."""
+    try:
+        with locked(run, wait=False):
+            return False
+    except BlockingIOError:
+        return True
 
 
 def check_longer(run: Path, settings: Settings, flags: Mapping[str, Any], state: TrainingState) -> None:
@@ -81,12 +146,23 @@ def check_longer(run: Path, settings: Settings, flags: Mapping[str, Any], state:
             )
 
 
-def open_run(start: Start) -> Path:
-    """The folder of the run to go on in, or a new one; its settings are in it, and it is unfinished from now on."""
+@contextmanager
+def open_run(start: Start) -> Iterator[Path]:
+    """The folder of the run to go on in, or a new one, for this process alone.
+
+    Its settings are in it, it is unfinished from now on, and what a killed process left half-written is gone.
+    """
     folder = start.run or new_folder(start.settings)
-    atomic_write(folder / "config.ini", start.settings.to_ini())
-    write_json(folder / "run.json", {"task": start.settings.task_type, "finished": False})
-    return folder
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(locked(folder, wait=False))
+        except BlockingIOError:
+            raise BertlingError(BUSY.format(folder)) from None
+        for place in (folder, folder / "checkpoints", folder / "logs"):
+            sweep(place)
+        atomic_write(folder / "config.ini", start.settings.to_ini())
+        write_json(folder / "run.json", {"task": start.settings.task_type, "finished": False})
+        yield folder
 
 
 def new_folder(settings: Settings) -> Path:
@@ -113,13 +189,20 @@ def new_folder(settings: Settings) -> Path:
 
 
 def unfinished_run(base_dir: Path, tasks: set[str]) -> Path:
-    """The newest run of these tasks that has a checkpoint and was not finished."""
-    lasts = [path for path in (base_dir / "runs").glob("*/checkpoints/last") if path.exists()]
-    for last in sorted(lasts, key=lambda path: path.stat().st_mtime, reverse=True):
-        run = last.parent.parent
-        if not (run / "run.json").is_file():
-            continue
-        about = read_json(run / "run.json", "run description")
-        if about.get("task") in tasks and not about.get("finished"):
-            return run
+    """The newest run of these tasks that has a checkpoint, was not finished, and is not being trained just now."""
+    newest: dict[Path, float] = {}
+    for checkpoints in (base_dir / "runs").glob("*/checkpoints"):
+        times = [path.stat().st_mtime for path in step_folders(checkpoints)]
+        if times:
+            newest[checkpoints.parent] = max(times)
+    busy = None
+    for run in sorted(newest, key=newest.__getitem__, reverse=True):
+        with suppress(BertlingError):  # a folder that is no run of ours, or was damaged: the next one may be
+            about = read_json(run / "run.json", "run description")
+            if about.get("task") in tasks and not about.get("finished"):
+                if os.environ.get("RANK", "0") != "0" or not in_progress(run):
+                    return run
+                busy = busy or run
+    if busy:
+        raise BertlingError(f"{busy}: another process is training this run, and there is no other unfinished one")
     raise BertlingError(f"{base_dir / 'runs'}: holds no unfinished run to resume; start one without --resume")

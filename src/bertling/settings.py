@@ -6,9 +6,10 @@ A value comes from the defaults, then `config.ini`, then `local_config.ini`, the
 import configparser
 import dataclasses
 import difflib
+import re
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -132,7 +133,9 @@ class Settings:
     val_interval: int | None = setting(
         None, "steps between evaluations; unset: a tenth of the run, or about five minutes of a time budget", minimum=1
     )
-    save_every: int | None = setting(None, "steps between checkpoints; unset: val-interval", minimum=1)
+    save_every: str | None = setting(
+        None, "time between checkpoints, in steps (500) or in minutes (10m); unset: val-interval"
+    )
     max_checkpoints: int = setting(1, "checkpoints kept besides the best", minimum=1)
     wandb: bool = setting(False, "log to Weights & Biases too")
 
@@ -185,17 +188,32 @@ class Settings:
                 "warmup-iters and lr-decay-iters count steps, but max-minutes ends this run: give max-iters "
                 "too, or leave them out"
             )
+        every = r"[1-9]\d{0,8}|(?=.*[1-9])\d{1,5}(\.\d{1,4})?m"
+        if self.save_every is not None and not re.fullmatch(every, self.save_every):
+            raise BertlingError(
+                f"save-every = {self.save_every:.40}: must be a number of steps (500) or of minutes (10m)"
+            )
         if (self.train_input is None) != (self.val_input is None):
             raise BertlingError("train-input and val-input go together: give both or neither")
         if self.run_id is not None and (self.run_id in {"", ".", ".."} or "/" in self.run_id or "\\" in self.run_id):
             raise BertlingError(f"run-id = {self.run_id}: a plain folder name, please")
 
-    def to_ini(self) -> str:
-        """The settings as an INI file that gives them back; unset ones are left out."""
+    @property
+    def save_steps(self) -> int | None:
+        """Steps between checkpoints, if they are asked for in steps."""
+        return int(self.save_every) if self.save_every is not None and self.save_every.isdecimal() else None
+
+    @property
+    def save_minutes(self) -> float | None:
+        """Minutes between checkpoints, if they are asked for in minutes."""
+        return None if self.save_every is None or self.save_steps else float(self.save_every.removesuffix("m"))
+
+    def to_ini(self, names: Collection[str] | None = None) -> str:
+        """The settings, or those of them that are named, as an INI file that gives them back; unset ones left out."""
         lines = [
             f"{key_of(name)} = {as_text(value)}"
             for name, value in vars(self).items()
-            if value is not None and value != ""
+            if value is not None and value != "" and (names is None or name in names)
         ]
         return "\n".join(lines) + "\n"
 
@@ -339,6 +357,12 @@ def read_ini(path: Path) -> dict[str, Any]:
 def default_files(folder: Path) -> list[Path]:
     """`config.ini` and `local_config.ini`, those that exist."""
     return [path for path in (folder / "config.ini", folder / "local_config.ini") if path.exists()]
+
+
+def read_settings(files: list[Path], flags: Mapping[str, Any]) -> tuple[Settings, frozenset[str]]:
+    """What `resolve` gives for the command that the files' task-type names."""
+    given = {name: value for path in files for name, value in read_ini(path).items()}
+    return resolve(COMMANDS[given.get("task_type", "mlm")], files, flags)
 
 
 def parse_settings(texts: Mapping[str, str]) -> Settings:

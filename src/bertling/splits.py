@@ -36,6 +36,17 @@ class Part:
         return int((self.spans[:, 1] - self.spans[:, 0]).sum())
 
 
+def parse_shares(text: str | None) -> tuple[float, float, float] | None:
+    """Three shares, as 0.8,0.1,0.1."""
+    if text is None:
+        return None
+    try:
+        train, val, test = (float(part) for part in text.split(","))
+    except ValueError:
+        raise BertlingError(f"split: {text}: must be three numbers, as 0.8,0.1,0.1") from None
+    return train, val, test
+
+
 def shares_of(split: tuple[float, float, float] | None, has_val: bool, has_test: bool) -> dict[str, float]:
     """Shares of `inputs` for each split that is cut from it; they add up to 1."""
     given = {"val": has_val, "test": has_test}

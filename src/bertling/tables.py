@@ -18,6 +18,8 @@ from bertling.files import BertlingError, readable_errors
 
 TEXT_COLUMNS = ("sentence", "text", "review", "content", "question")
 LABEL_COLUMNS = ("label", "labels", "class", "target", "sentiment")
+MOST_BYTES = 1 << 30
+"""Labelled texts are held in memory, so there is a limit."""
 
 
 @dataclass(frozen=True)
@@ -93,14 +95,22 @@ def _read_parquet(path: Path, text: str | None, label: str | None) -> Columns:
         with readable_errors(path):
             if path.stat().st_size == 0:
                 raise BertlingError(f"{path}: is empty; give a file with at least one row")
-            there = pyarrow.parquet.read_schema(path).names
-            text = _choose(path, there, text, TEXT_COLUMNS, "text")
-            label = _choose(path, there, label, LABEL_COLUMNS, "label")
-            table = pyarrow.parquet.read_table(path, columns=list({text, label}))
+            texts: list[Any] = []
+            labels: list[Any] = []
+            size = 0
+            with pyarrow.parquet.ParquetFile(path) as file:
+                there = file.schema_arrow.names
+                text = _choose(path, there, text, TEXT_COLUMNS, "text")
+                label = _choose(path, there, label, LABEL_COLUMNS, "label")
+                # A small file may hold a long text, repeated without end, so look before all of it is unpacked.
+                for batch in file.iter_batches(batch_size=256, columns=list({text, label})):
+                    size += batch.nbytes
+                    _check_size(path, size)
+                    texts += batch.column(text).to_pylist()
+                    labels += batch.column(label).to_pylist()
     except pyarrow.ArrowException as error:
         reason = str(error).splitlines()[0]
         raise BertlingError(f"{path}: is not a readable parquet file ({reason}); fetch or make it again") from error
-    texts, labels = table.column(text).to_pylist(), table.column(label).to_pylist()
     return Columns(texts, labels, range(1, len(texts) + 1), "row")
 
 
@@ -116,9 +126,15 @@ def open_bytes(path: Path) -> Iterator[IO[bytes]]:
             raise BertlingError(f"{path}: is not a complete gzip file; fetch or make it again") from error
 
 
+def _check_size(path: Path, size: int) -> None:
+    if size > MOST_BYTES:
+        raise BertlingError(f"{path}: holds more than {MOST_BYTES >> 20} MiB of labelled texts; give a part of them")
+
+
 def _read_text(path: Path) -> str:
     with open_bytes(path) as file:
-        raw = file.read()
+        raw = file.read(MOST_BYTES + 1)
+    _check_size(path, len(raw))
     if not raw.strip():
         raise BertlingError(f"{path}: is empty; give a file with at least one row")
     return decode_utf8(path, raw)

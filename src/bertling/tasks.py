@@ -16,6 +16,7 @@ from bertling.batches import Batch, MaskedBatches
 from bertling.distributed import Ranks
 from bertling.illustrate import Illustration, illustrate
 from bertling.labelled import LabelledBatches, LabelledTexts, PlacedBatch
+from bertling.packed import IGNORED
 from bertling.runtime import Runtime
 from bertling.samples import Samples, unigram_floors
 from bertling.tokenizer import Tokenizer
@@ -42,6 +43,12 @@ class Task(Protocol):
 
     def micro_batches(self, step: int, *, rank: int, world_size: int, micro_batch_size: int) -> tuple[list[Batch], int]:
         """This rank's micro-batches of the step, and the scored items of the whole global batch."""
+
+    def rows(self, step: int) -> dict[str, list[int]]:
+        """Where the rows of the step's global batch come from: data sets, and indices into them."""
+
+    def suspects(self) -> list[str]:
+        """What is odd about the training data, as far as a look at a part of it tells."""
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """The summed loss over the batch's scored items."""
@@ -77,6 +84,12 @@ class MaskedLMTask:
     def micro_batches(self, step: int, *, rank: int, world_size: int, micro_batch_size: int) -> tuple[list[Batch], int]:
         return self.train.micro_batches(step, rank=rank, world_size=world_size, micro_batch_size=micro_batch_size)
 
+    def rows(self, step: int) -> dict[str, list[int]]:
+        return {str(samples.path): indices.tolist() for samples, indices in self.train.rows(step)}
+
+    def suspects(self) -> list[str]:
+        return odd_data(self.train, self.tokenizer)
+
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         loss: Tensor = model(
             batch.input_ids, batch.attention_mask, positions=batch.positions, labels=batch.labels
@@ -111,6 +124,32 @@ class MaskedLMTask:
             self.tokenizer.tokens(logits.argmax(-1).cpu()[used].tolist()),
             self.tokenizer.tokens(batch.labels[used].tolist()),
         )
+
+
+def odd_data(train: MaskedBatches, tokenizer: Tokenizer, looked_at: int = 2048) -> list[str]:
+    """What may keep a masked language model from learning, in the rows of the first steps: repeats, [UNK], masks."""
+    steps = max(1, min(looked_at // len(train.batch(0).input_ids), int(train.steps_per_epoch)))
+    rows = np.concatenate(
+        [samples.fetch_originals(indices) for step in range(steps) for samples, indices in train.rows(step)]
+    )  # [n, T]
+    ordinary = ~np.isin(rows, [tokenizer.pad_id, tokenizer.cls_id, tokenizer.sep_id])
+    repeats = 1 - len(np.unique(rows, axis=0)) / len(rows)
+    unknown = (rows == tokenizer.unk_id).sum() / max(ordinary.sum(), 1)
+    batch = train.batch(0)
+    assert batch.positions is not None
+    scored = batch.labels != IGNORED
+    shown = batch.input_ids.flatten()[batch.positions[scored]] == batch.labels[scored]
+    masked = int(scored.sum()) / max(int((batch.input_ids != tokenizer.pad_id).sum()), 1)
+    odd = []
+    if repeats > 0.2:
+        odd.append(f"{repeats:.0%} of the rows are repeats; prepare with --drop-duplicates")
+    if unknown > 0.05:
+        odd.append(f"{unknown:.0%} of the tokens are [UNK]; make a vocabulary from this text")
+    if not 0.05 <= masked <= 0.5:
+        odd.append(f"{masked:.0%} of the tokens are masked; 15 to 40 % is usual")
+    if bool(scored.any()) and float(shown.float().mean()) > 0.5:
+        odd.append(f"{float(shown.float().mean()):.0%} of the masked tokens stand unchanged in the input")
+    return odd
 
 
 def mlm_floors(train: Sequence[Samples], scored: Samples, tokenizer: Tokenizer) -> dict[str, float]:
@@ -166,6 +205,12 @@ class ClassificationTask:
 
     def micro_batches(self, step: int, *, rank: int, world_size: int, micro_batch_size: int) -> tuple[list[Batch], int]:
         return self.train.micro_batches(step, rank=rank, world_size=world_size, micro_batch_size=micro_batch_size)
+
+    def rows(self, step: int) -> dict[str, list[int]]:
+        return {"training texts": self.train.indices(step).tolist()}
+
+    def suspects(self) -> list[str]:
+        return []
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         logits: Tensor = model(batch.input_ids, batch.attention_mask)  # [B, L]

@@ -24,6 +24,7 @@ MAX_PIECE = 1 << 20
 """Characters of text that are handled at once."""
 _MAX_RECORD = 1 << 26
 _BLOCK = 1 << 20
+_BOMB_BYTES, _BOMB_RATIO = 1 << 28, 200
 _JSON_LINES = (".jsonl", ".ndjson")
 _TITLE = re.compile(r"^ = [^=\n](?:[^\n]*[^=\n])? = ?$", re.MULTILINE)
 _ESCAPED = re.compile(r" ?@([-,.])@ ?")
@@ -230,7 +231,14 @@ def _unpacked(path: Path, compression: str, report: Callable[[int], None]) -> It
                 stream = lzma.open(raw)
             elif compression == "zst":
                 stream = _ZstdFile(raw)
+            unpacked = 0
             while block := stream.read(_BLOCK):
+                unpacked += len(block)
+                if unpacked > _BOMB_BYTES and unpacked > _BOMB_RATIO * raw.tell():
+                    raise BertlingError(
+                        f"{path}: unpacks to more than {_BOMB_RATIO} times its size: no text does; unpack it yourself "
+                        "and look at it"
+                    )
                 report(raw.tell())
                 yield block
         except EOFError as error:

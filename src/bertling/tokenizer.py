@@ -12,12 +12,13 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from bertling.files import BertlingError, atomic_write, read_json, readable_errors, write_json
+from bertling.files import BertlingError, atomic_write, read_bounded, read_json, write_json
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 _PREFIX = "##"
 _COVERAGE = 0.9999  # share of the characters that the alphabet must hold; the rest becomes [UNK]
 _LEAST_COVERAGE = 0.99
+_MOST_BYTES = 1 << 26  # of a vocab.txt
 _ALPHABET_SHARE = 4  # at most one entry in so many is spent on a rarer character
 
 
@@ -60,8 +61,11 @@ class Tokenizer:
             raise BertlingError(f"{path}: not a WordPiece tokenizer; use a BERT vocabulary (vocab.txt)")
         if not isinstance(normalizer, dict) or normalizer.get("type") != "BertNormalizer":
             raise BertlingError(f"{path}: its text is not normalised as BERT's; use a BERT vocabulary (vocab.txt)")
-        ids: dict[str, Any] = {**model["vocab"], **{t["content"]: t["id"] for t in value.get("added_tokens") or []}}
-        entries = sorted(ids, key=ids.__getitem__)
+        try:
+            ids: dict[str, Any] = {**model["vocab"], **{t["content"]: t["id"] for t in value.get("added_tokens") or []}}
+            entries = sorted(ids, key=ids.__getitem__)
+        except (KeyError, TypeError) as error:
+            raise BertlingError(f"{path}: its vocabulary does not map entries to ids; remake the tokenizer") from error
         if [ids[entry] for entry in entries] != list(range(len(entries))):
             raise BertlingError(f"{path}: its ids are not 0 to {len(entries) - 1}, each once; remake the tokenizer")
         _check_standard(normalizer, path, "handle_chinese_chars")
@@ -159,8 +163,7 @@ def _check_entries(entries: Sequence[str], source: str) -> None:
 
 
 def _read_entries(path: Path) -> list[str]:
-    with readable_errors(path):
-        raw = path.read_bytes()
+    raw = read_bounded(path, _MOST_BYTES)
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -1,21 +1,19 @@
 """The training loop: it is given a task and never asks which one it is."""
 
-import math
-import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from bertling.batches import Batch
-from bertling.checkpoint import TrainingState, save_checkpoint
+from bertling.budget import Moment, due, moment, needs_clock, total_steps
+from bertling.checkpoint import TrainingState, load_checkpoint, load_state, newest_intact, save_checkpoint
 from bertling.distributed import Ranks
-from bertling.files import BertlingError, write_json
+from bertling.faults import floor_warning, stays_on_the_floor, stop_requests
+from bertling.files import BertlingError, is_disk_full, skipped_on_full_disk, write_json
 from bertling.illustrate import to_svg
 from bertling.model import BertEncoder
 from bertling.optim import build_optimizers, build_schedule, pack_state, set_learning_rate, unpack_state
@@ -25,10 +23,12 @@ from bertling.settings import Settings
 from bertling.tasks import Task
 from bertling.tokenizer import Tokenizer
 
-EVALUATIONS = 10
-"""How often a run is evaluated that says nothing about it."""
 LOG_POINTS = 200
 """How many points of the training loss a run of known length logs."""
+BAD_STEPS, LOWER_RATE = 5, 0.5
+"""So many steps in a row without a finite loss and gradient send the run back, to go on at this share of the rate."""
+FAILED_SAVES, RETRY_SECONDS = 3, 10
+"""So many checkpoints in a row that a full disk refused end the run; at its end, a new try every so many seconds."""
 
 
 @dataclass(frozen=True)
@@ -43,43 +43,8 @@ class Outcome:
     best_step: int
     finished: bool
     """False when it was asked to stop early."""
-
-
-@contextmanager
-def stop_requests() -> Iterator[Callable[[], bool]]:
-    """Within this context SIGINT and SIGTERM ask for a clean stop; a second one ends the process at once."""
-    asked = False
-
-    def ask(number: int, frame: FrameType | None) -> None:
-        nonlocal asked
-        if asked:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-        asked = True
-
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    try:
-        before = [signal.signal(number, ask) for number in numbers]
-    except ValueError:  # not in the main thread, where signals do not arrive
-        yield lambda: False
-        return
-    try:
-        yield lambda: asked
-    finally:
-        for number, handler in zip(numbers, before, strict=True):
-            signal.signal(number, handler)
-
-
-def total_steps(settings: Settings, task: Task) -> int | None:
-    """The step at which the run ends; None when only the clock ends it."""
-    limits = [] if settings.max_iters is None else [settings.max_iters]
-    if settings.epochs is not None:
-        limits.append(max(1, math.ceil(settings.epochs * task.steps_per_epoch)))
-    if limits:
-        return min(limits)
-    if settings.max_minutes is not None:
-        return None
-    return 10_000 if settings.task_type == "mlm" else max(1, math.ceil(3 * task.steps_per_epoch))
+    skipped_steps: int = 0
+    """Steps that were left out because their loss or gradient was not finite."""
 
 
 class Trainer:
@@ -99,7 +64,7 @@ class Trainer:
     ) -> None:
         self.task, self.model, self.tokenizer, self.settings = task, model, tokenizer, settings
         self.runtime, self.ranks, self.run = runtime, ranks, run
-        self.total_steps = total_steps(settings, task)
+        self.total_steps = total_steps(settings, task.steps_per_epoch)
         model.to(runtime.device)  # before the optimizers, whose state lies where the weights lie
         self.optimizers = build_optimizers(model, settings, runtime.device)
         self.schedule = build_schedule(settings, self.total_steps)
@@ -109,9 +74,15 @@ class Trainer:
         self.micro_batch_size = min(share, settings.micro_batch_size or share)
         self.step, self.seconds, self.turn = 0, 0.0, 0
         self.best_accuracy, self.best_step = -1.0, 0
-        self.evaluated_step, self.saved_step = -1, -1
+        self.evaluated_step, self.saved_step, self.failed_saves = -1, -1, 0
         self.metrics: dict[str, float] = {}
         self.recent_losses: list[Tensor] = []
+        self.rate = 1.0
+        self.skipped_steps = 0
+        self.bad_steps: list[dict[str, Any]] = []  # the latest ones in a row
+        self.saved_best = self.best_accuracy, self.best_step
+        self.warned = False
+        self.notices: list[str] = []
         if state is not None:
             self.restore(state)
 
@@ -123,41 +94,85 @@ class Trainer:
         with stop_requests() as stop, self.open_log() as log:
             self.started = time.perf_counter() - self.seconds
             if self.step == 0:
-                self.evaluate(log)
-            progress = self.progress()
-            while progress < 1.0 and not self.ranks.any(stop()):  # all stop at the same step, or all hang
-                loss = self.train_step(progress)
+                self.evaluate(log, 0.0)
+                self.save(log)  # from here on a killed run can be resumed
+            now = self.moment()
+            while now.progress < 1.0 and not self.ranks.any(stop()):  # all stop at the same step, or all hang
+                loss = self.train_step(now.progress)
                 self.step += 1
                 self.log_step(log, loss)
-                previous, progress = progress, self.progress()
-                evaluate, save = self.due(previous, progress)
+                if len(self.bad_steps) >= BAD_STEPS:
+                    self.go_back(log)
+                before, now = now, self.moment()
+                evaluate, save = due(self.settings, before, now)
                 if evaluate:
-                    self.evaluate(log)
-                if save or self.best_step == self.step:
-                    self.save()
-            return self.finish(log, done=progress >= 1.0)
+                    self.evaluate(log, now.progress)
+                if (save or self.best_step == self.step) and not self.bad_steps and self.saved_step != self.step:
+                    self.save(log)
+            return self.finish(log, done=now.progress >= 1.0)
 
     def clock(self) -> float:
         """Seconds of training so far, those before a resume among them; evaluations and checkpoints count."""
         self.seconds = time.perf_counter() - self.started
         return self.seconds
 
-    def progress(self) -> float:
-        """From 0 to 1 over the run: steps or time, whichever is further."""
-        by_steps = 0.0 if self.total_steps is None else self.step / self.total_steps
-        budget = self.settings.max_minutes
-        # The first process's clock counts for all of them.
-        by_time = 0.0 if budget is None else self.ranks.from_first([self.clock() / (60 * budget)])[0]
-        return max(by_steps, by_time)
+    def moment(self) -> Moment:
+        """Where the run stands; one clock counts for all processes."""
+        seconds = self.clock()
+        if needs_clock(self.settings):
+            seconds = self.ranks.from_first([seconds])[0]
+        return moment(self.settings, self.total_steps, self.step, seconds)
 
     def train_step(self, progress: float) -> Tensor:
         """One optimizer step over the global batch; returns this process's share of its mean loss."""
         # The rate of a step is that of its end, so that the first one is not spent at rate zero.
         ahead = 0.0 if self.total_steps is None else 1 / self.total_steps
-        self.learning_rate = set_learning_rate(self.optimizers, self.schedule.factor(min(progress + ahead, 1.0)))
+        factor = self.rate * self.schedule.factor(min(progress + ahead, 1.0))
+        self.learning_rate = set_learning_rate(self.optimizers, factor)
+        loss = self.backward()
+        self.ranks.sum_gradients(self.model)
+        for optimizer in self.optimizers:
+            self.scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.grad_clip)
+        # The scaler judges each optimizer by its own gradients; one overflow has to skip the step of all of them.
+        finite = not self.ranks.any(not torch.isfinite(loss + norm))
+        for optimizer in self.optimizers:
+            if finite:
+                self.scaler.step(optimizer)
+            optimizer.zero_grad(set_to_none=True)
+        if finite:
+            self.bad_steps.clear()
+        else:
+            self.note_skipped(loss, norm)
+        self.scaler.update()
+        return loss
+
+    def backward(self) -> Tensor:
+        """Gradients of this process's share of the batch, micro-batch by micro-batch; returns the loss's share.
+
+        Where a GPU's memory does not hold a micro-batch, it is halved from then on; the gradient stays the same.
+        """
+        while True:
+            try:
+                return self.backward_at(self.micro_batch_size)
+            except torch.OutOfMemoryError:
+                if self.micro_batch_size == 1:
+                    raise
+            # Out of the except block, whose traceback would hold on to the memory.
+            self.model.zero_grad(set_to_none=True)
+            if self.runtime.device.type == "cuda":
+                torch.cuda.empty_cache()
+            self.micro_batch_size = -(-self.micro_batch_size // 2)
+            self.notices.append(
+                f"note: out of GPU memory: micro-batches of {self.micro_batch_size} rows from here on, for the same "
+                "gradient; give --micro-batch-size next time"
+            )
+
+    def backward_at(self, micro_batch_size: int) -> Tensor:
+        """The same with micro-batches of this size."""
         torch.manual_seed(step_seed(self.settings.seed, self.step, self.ranks.rank))
         batches, count = self.task.micro_batches(
-            self.step, rank=self.ranks.rank, world_size=self.ranks.world_size, micro_batch_size=self.micro_batch_size
+            self.step, rank=self.ranks.rank, world_size=self.ranks.world_size, micro_batch_size=micro_batch_size
         )
         self.tokens = sum(tokens_in(batch) for batch in batches) * self.ranks.world_size
         losses = []
@@ -168,44 +183,70 @@ class Trainer:
                 loss = self.task.loss(self.model, on_device) / max(count, 1)
             self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
             losses.append(loss.detach())
-        self.ranks.sum_gradients(self.model)
-        for optimizer in self.optimizers:
-            self.scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.grad_clip)
-        # The scaler judges each optimizer by its own gradients; one overflow has to skip the step of all of them.
-        skip = self.scaler.is_enabled() and not torch.isfinite(norm)
-        for optimizer in self.optimizers:
-            if not skip:
-                self.scaler.step(optimizer)
-            optimizer.zero_grad(set_to_none=True)
-        self.scaler.update()
         return torch.stack(losses).sum()
 
-    def due(self, previous: float, progress: float) -> tuple[bool, bool]:
-        """Whether to evaluate and to save now: at the intervals asked for, else whenever a tenth of the run is over."""
-        if progress >= 1.0:
-            return False, False  # the end of the run does both
-        interval, every = self.settings.val_interval, self.settings.save_every
-        tenth = math.floor(EVALUATIONS * progress) > math.floor(EVALUATIONS * previous)
-        evaluate = tenth if interval is None else self.step % interval == 0
-        return evaluate, evaluate if every is None else self.step % every == 0
+    def note_skipped(self, loss: Tensor, norm: Tensor) -> None:
+        """Count a step that was not made, unless the scaler is only looking for its scale."""
+        if not self.ranks.any(not torch.isfinite(loss)) and self.scaler.is_enabled() and self.scaler.get_scale() > 1:
+            return
+        self.skipped_steps += 1
+        seen = {
+            "step": self.step + 1,
+            "batch": self.step,
+            "loss": str(float(loss)),
+            "gradient_norm": str(float(norm)),
+            "learning_rate": self.learning_rate,
+            "rows": self.task.rows(self.step),
+        }
+        self.bad_steps.append(seen)
+        self.notices.append(
+            f"warning: step {self.step + 1:,} was skipped: loss {seen['loss']}, gradient norm {seen['gradient_norm']}"
+        )
+
+    def go_back(self, log: RunLog) -> None:
+        """Back to the last good checkpoint, once, to go on at a lower rate; the second time the run ends."""
+        report = self.run / "nonfinite.json"
+        if self.ranks.first:
+            write_json(report, {"seed": self.settings.seed, "steps": self.bad_steps})
+        what = f"no finite loss and gradient in steps {self.bad_steps[0]['step']:,} to {self.bad_steps[-1]['step']:,}"
+        if self.rate < 1.0:
+            raise BertlingError(
+                f"{self.run}: {what}, at {self.rate:g} times the learning rate too; {report} holds what was seen, "
+                f"batch by batch; the checkpoint of step {self.saved_step:,} is whole: lower learning-rate (or "
+                "muon-learning-rate), raise warmup-iters, or look at these rows"
+            )
+        checkpoint, _ = newest_intact(self.run / "checkpoints")
+        state = load_state(checkpoint)
+        assert state is not None  # its manifest names it
+        self.model.load_state_dict(load_checkpoint(checkpoint).model.state_dict())
+        skipped = self.skipped_steps
+        self.restore(state)
+        self.skipped_steps, self.rate = skipped, LOWER_RATE
+        self.bad_steps = []
+        log.go_back(
+            self.step,
+            f"warning: {what} ({report}): back to step {self.step:,}, and on at {self.rate:g} times the learning rate",
+        )
 
     def log_step(self, log: RunLog, loss: Tensor) -> None:
         """Note a step; its loss is fetched from the device only now and then, since that waits for the device."""
-        self.recent_losses.append(loss)
+        while self.notices:
+            log.line(self.notices.pop(0))
+        if not self.bad_steps:
+            self.recent_losses.append(loss)
         every = 10 if self.total_steps is None else max(1, self.total_steps // LOG_POINTS)
         mean = None
         if self.step % every == 0 or self.step == self.total_steps:
-            mean = float(self.ranks.sum(torch.stack(self.recent_losses).mean()))
+            losses = self.recent()
+            mean = float(losses.mean()) if len(losses) else None
             self.recent_losses.clear()
-            if not math.isfinite(mean):
-                raise BertlingError(
-                    f"{self.run}: the loss is not finite any more at step {self.step:,}; the last checkpoint is whole: "
-                    "lower learning-rate (or muon-learning-rate), or raise warmup-iters"
-                )
         log.train_step(self.step, loss=mean, learning_rate=self.learning_rate, tokens=self.tokens, seconds=self.clock())
 
-    def evaluate(self, log: RunLog) -> None:
+    def recent(self) -> Tensor:
+        """The loss of each step since the last that was logged, over all processes."""
+        return self.ranks.sum(torch.stack(self.recent_losses)) if self.recent_losses else torch.zeros(0)
+
+    def evaluate(self, log: RunLog, progress: float) -> None:
         """Score the whole validation set, and show an example; the latest one is kept as a picture too."""
         metrics = self.task.evaluate(self.model, self.runtime, self.ranks)
         # What the first process saw holds for all: a rounding elsewhere must not make another step the best.
@@ -216,25 +257,61 @@ class Trainer:
         self.evaluated_step = self.step
         if self.ranks.first and (example := self.task.illustrate(self.model, self.runtime, self.turn)):
             log.illustration(example.plain, example.colour)
-            to_svg(example, self.run / "example.svg")
+            with skipped_on_full_disk():
+                to_svg(example, self.run / "example.svg")
         self.turn += 1
-
-    def save(self) -> None:
-        """Write a checkpoint; it is the best one if the evaluation of this very step was the best so far."""
-        self.saved_step = self.step
-        if self.ranks.first:
-            save_checkpoint(
-                self.run / "checkpoints",
-                self.step,
-                self.model,
-                self.tokenizer,
-                self.state(),
-                best=self.best_step == self.step,
-                keep=self.settings.max_checkpoints,
+        loss, floor = self.metrics["eval/loss"], self.task.floors.get("floor_loss/unigram")
+        if floor and not self.warned and stays_on_the_floor(self.step, progress, loss, floor):
+            self.warned = True
+            log.line(
+                floor_warning(
+                    progress=progress,
+                    loss=loss,
+                    floor=floor,
+                    schedule=self.schedule,
+                    rate=self.rate * self.settings.learning_rate,
+                    skipped=self.skipped_steps,
+                    data=self.task.suspects(),
+                )
             )
-        self.ranks.wait()
 
-    def state(self) -> TrainingState:
+    def save(self, log: RunLog) -> None:
+        """Write a checkpoint; it is the best one if the evaluation of this very step was the best so far.
+
+        A full disk does not end the run: the checkpoint before is whole, and the next one may find room.
+        """
+        recent, trouble = self.recent().tolist(), None
+        if self.ranks.first:
+            try:
+                save_checkpoint(
+                    self.run / "checkpoints",
+                    self.step,
+                    self.model,
+                    self.tokenizer,
+                    self.state(recent),
+                    best=self.best_step == self.step,
+                    keep=self.settings.max_checkpoints,
+                )
+            except BertlingError as error:
+                if not is_disk_full(error):
+                    raise
+                trouble = error
+        if not self.ranks.any(trouble is not None):
+            self.saved_step, self.failed_saves = self.step, 0
+            self.saved_best = self.best_accuracy, self.best_step
+            return
+        if self.saved_step < 0:
+            raise BertlingError(str(trouble or f"{self.run}: the disk is full: free some space")) from trouble
+        self.failed_saves += 1
+        self.best_accuracy, self.best_step = self.saved_best  # what could not be kept is no best
+        if self.failed_saves == FAILED_SAVES:
+            raise BertlingError(
+                f"{self.run}: stopped at step {self.step:,}: {self.failed_saves} checkpoints in a row found the disk "
+                f"full; the one of step {self.saved_step:,} is whole: free some space, then go on with --cp {self.run}"
+            )
+        log.line(f"warning: step {self.step:,} could not be saved ({trouble}); the checkpoint before it is whole")
+
+    def state(self, recent_losses: list[float]) -> TrainingState:
         """What a resume needs. Order, masks and dropout follow from the step; nothing else is random."""
         numbers = {
             "step": self.step,
@@ -242,7 +319,11 @@ class Trainer:
             "best_accuracy": self.best_accuracy,
             "best_step": self.best_step,
             "turn": self.turn,
+            "evaluated_step": self.evaluated_step,
             "metrics": self.metrics,
+            "recent_losses": recent_losses,
+            "rate": self.rate,
+            "skipped_steps": self.skipped_steps,
             "scaler": self.scaler.state_dict(),
             "settings": self.settings.to_ini(),
         }
@@ -254,7 +335,13 @@ class Trainer:
             numbers = state.numbers
             self.step, self.seconds = int(numbers["step"]), float(numbers["seconds"])
             self.best_accuracy, self.best_step = float(numbers["best_accuracy"]), int(numbers["best_step"])
+            self.saved_best, self.saved_step = (self.best_accuracy, self.best_step), self.step
             self.turn, self.metrics = int(numbers["turn"]), dict(numbers["metrics"])
+            self.evaluated_step = int(numbers["evaluated_step"])
+            self.rate, self.skipped_steps = float(numbers["rate"]), int(numbers["skipped_steps"])
+            # Sums over all processes: the first one has them, for the others nothing is left to add.
+            losses = torch.tensor(numbers["recent_losses"], dtype=torch.float32, device=self.runtime.device)
+            self.recent_losses = list((losses if self.ranks.first else torch.zeros_like(losses)).unbind())
             if self.scaler.is_enabled() and numbers["scaler"]:
                 self.scaler.load_state_dict(numbers["scaler"])
             unpack_state(self.optimizers, state.tensors)
@@ -281,14 +368,25 @@ class Trainer:
     def finish(self, log: RunLog, *, done: bool) -> Outcome:
         """Evaluate (unless stopped), save, and say how it went."""
         if done and self.evaluated_step != self.step:
-            self.evaluate(log)
-        if self.saved_step != self.step:
-            self.save()
+            self.evaluate(log, 1.0)
+        while self.saved_step != self.step:
+            self.save(log)
+            if self.failed_saves:
+                time.sleep(RETRY_SECONDS)
         if self.ranks.first:
             write_json(self.run / "run.json", {"task": self.settings.task_type, "finished": done})
             if not done:
                 log.line(f"stopped at step {self.step:,}, and saved; go on with --cp {self.run}")
-        return Outcome(self.run, self.step, self.clock(), self.metrics, self.best_accuracy, self.best_step, done)
+        return Outcome(
+            self.run,
+            self.step,
+            self.clock(),
+            self.metrics,
+            self.best_accuracy,
+            self.best_step,
+            done,
+            self.skipped_steps,
+        )
 
 
 def tokens_in(batch: Batch) -> int:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bertling.files import BertlingError, atomic_folder, readable_errors
+from bertling.files import UNFINISHED, BertlingError, atomic_folder, claimed, readable_errors, sweep
 from bertling.progress import ByteProgress
 from bertling.text import Lines, TextOptions
 from bertling.tokenizer import Tokenizer, train_vocabulary
@@ -50,10 +50,11 @@ def save_into(output: Path, tokenizer: Tokenizer) -> None:
             tokenizer.save(temporary)
         return
     with readable_errors(output):
-        temporary = Path(tempfile.mkdtemp(prefix=".vocab.", suffix=".tmp", dir=output))
-        try:
-            tokenizer.save(temporary)
-            for name in reversed(FILES):  # vocab.txt, which is the truth, comes last
-                os.replace(temporary / name, output / name)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+        sweep(output)
+        with claimed(lambda: Path(tempfile.mkdtemp(prefix=".vocab.", suffix=UNFINISHED, dir=output))) as temporary:
+            try:
+                tokenizer.save(temporary)
+                for name in reversed(FILES):  # vocab.txt, which is the truth, comes last
+                    os.replace(temporary / name, output / name)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)

@@ -1,0 +1,59 @@
+"""How long a run lasts, and when it evaluates and saves: pure functions of its steps and its seconds."""
+
+import math
+from typing import NamedTuple
+
+from bertling.settings import Settings
+
+EVALUATIONS = 10
+"""How often a run is evaluated that says nothing about it."""
+
+
+class Moment(NamedTuple):
+    """Where a run stands."""
+
+    step: int
+    seconds: float
+    progress: float
+    """From 0 to 1 over the run, in steps or in time, whichever is further."""
+
+
+def total_steps(settings: Settings, steps_per_epoch: float) -> int | None:
+    """The step at which the run ends; None when only the clock ends it."""
+    limits = [] if settings.max_iters is None else [settings.max_iters]
+    if settings.epochs is not None:
+        limits.append(max(1, math.ceil(settings.epochs * steps_per_epoch)))
+    if limits:
+        return min(limits)
+    if settings.max_minutes is not None:
+        return None
+    return 10_000 if settings.task_type == "mlm" else max(1, math.ceil(3 * steps_per_epoch))
+
+
+def moment(settings: Settings, total: int | None, step: int, seconds: float) -> Moment:
+    """Where a run of `total` steps (None: by the clock alone) stands after `step` and `seconds`."""
+    by_steps = 0.0 if total is None else step / total
+    by_time = 0.0 if settings.max_minutes is None else seconds / (60 * settings.max_minutes)
+    return Moment(step, seconds, max(by_steps, by_time))
+
+
+def needs_clock(settings: Settings) -> bool:
+    """Whether anything in the run depends on the time."""
+    return settings.max_minutes is not None or settings.save_minutes is not None
+
+
+def due(settings: Settings, before: Moment, now: Moment) -> tuple[bool, bool]:
+    """Whether to evaluate and to save after a step: at the intervals asked for, else at each tenth of the run.
+
+    At the end neither is: the end of the run does both.
+    """
+    if now.progress >= 1.0:
+        return False, False
+    tenth = math.floor(EVALUATIONS * now.progress) > math.floor(EVALUATIONS * before.progress)
+    evaluate = tenth if settings.val_interval is None else now.step % settings.val_interval == 0
+    if settings.save_steps is not None:
+        return evaluate, now.step % settings.save_steps == 0
+    if settings.save_minutes is not None:
+        every = 60 * settings.save_minutes
+        return evaluate, math.floor(now.seconds / every) > math.floor(before.seconds / every)
+    return evaluate, evaluate

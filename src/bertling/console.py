@@ -1,0 +1,57 @@
+"""What a command says: answers on standard output, all else on standard error, and every error as one line."""
+
+import contextlib
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from bertling.files import BertlingError, readable_errors
+
+
+def say(text: str) -> None:
+    """What is not an answer goes to standard error."""
+    click.echo(text, err=True)
+
+
+def answer(value: Any, text: str, as_json: bool) -> None:
+    """The answer of a command, on standard output; of several processes the first one gives it."""
+    if is_first():
+        click.echo(json.dumps(value, ensure_ascii=False) if as_json else text)
+
+
+def is_first() -> bool:
+    """Whether this is the process that answers."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def is_rank() -> bool:
+    """Whether torchrun started this process as one of several."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def explain(error: Exception) -> str | None:
+    """One line for the user; None for what only a programmer can mend."""
+    if isinstance(error, click.Abort):
+        return "interrupted"
+    if isinstance(error, click.ClickException):
+        where = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "bertling"
+        return f"{' '.join(error.format_message().split()).rstrip('.')}; '{where} --help' shows what it takes"
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, which is not loaded
+        return "out of memory; lower micro-batch-size, or the size of the model"
+    if isinstance(error, OSError):
+        try:
+            with readable_errors(Path(error.filename or "output")):
+                raise error
+        except BertlingError as readable:
+            return str(readable)
+    return " ".join(str(error).split()) if isinstance(error, BertlingError) else None
+
+
+def forget_output() -> None:
+    """Send what is still buffered nowhere: Python would try again at the end, and complain."""
+    with contextlib.suppress(OSError), open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), sys.stdout.fileno())

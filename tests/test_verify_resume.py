@@ -1,0 +1,139 @@
+"""Kills: in the middle of a checkpoint, of a training of one or two processes; what is left is enough, to the bit."""
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from commands import bertling
+from conftest import TINY
+
+from bertling.checkpoint import step_folders
+from bertling.files import BertlingError
+from bertling.settings import Settings
+from bertling.tasks import MaskedLMTask
+from bertling.tools import verify_resume as tool
+from bertling.tools.verify_resume import verify_resume
+from bertling.train import Outcome, Trainer
+
+KILLS = Path(__file__).parent.parent / "benchmarks" / "kills.py"
+
+
+def check(work: Path, *, steps: int = 30, kills: int = 2, **changes: Any) -> tool.VerifyReport:
+    given = {"base_dir": work, **TINY, "dropout": 0.2, **changes}
+    report = verify_resume(
+        Settings(**given),
+        frozenset(given),
+        cp=None,
+        from_scratch=False,
+        steps=steps,
+        kills=kills,
+        seed=1,
+        say=lambda text: None,
+    )
+    assert not list(work.glob("verify-resume-*")) or not report.passed
+    return report
+
+
+def test_kills_while_checkpoints_are_written_leave_one_to_go_on_from() -> None:
+    done = subprocess.run(
+        [sys.executable, str(KILLS), "--kills", "12", "--width", "64"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.match(r"12 kills among \d+ checkpoints, \d+ of them in the middle of one: each time", done.stdout)
+
+
+def test_a_killed_training_ends_as_one_that_ran_through(work: Path) -> None:
+    report = check(work, optimizer="muon", micro_batch_size=4)
+    assert report.passed, report.text()
+    assert report.text().startswith("PASS: 30 steps, killed after step ")
+    assert len(report.kills) >= 1
+    assert all(kill.resumed_after <= kill.step < 30 for kill in report.kills)
+
+
+def test_a_killed_fine_tuning_too_through_the_command(work: Path) -> None:
+    lines = [f"{name.replace('_', '-')} = {value}" for name, value in TINY.items() if name != "val_interval"]
+    texts = [f"train-input = {work / 'train.tsv'}", f"val-input = {work / 'dev.tsv'}", "task-type = classification"]
+    (work / "tune.ini").write_text("\n".join([*lines, *texts, f"base-dir = {work}"]))
+    done = bertling("verify-resume", "-c", work / "tune.ini", "--from-scratch", "--steps", 20, "--kills", 1, "--json")
+    assert done.status == 0, done.err
+    assert (done.answer["passed"], done.answer["steps"], len(done.answer["kills"])) == (True, 20, 1)
+
+
+def test_a_killed_training_of_two_processes_too(work: Path) -> None:
+    report = check(work, ddp=True, nproc=2, batch_size=9, kills=1)
+    assert report.passed, report.text()
+
+
+def test_a_difference_is_found(work: Path, train_mlm: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) -> None:
+    one, same = train_mlm(max_iters=6), train_mlm(max_iters=6)
+    assert tool.difference(one.run, same.run) is None
+    other_seed = train_mlm(max_iters=6, seed=5)
+    assert re.match(r"step 0: eval/\w+ is .* in one go, .* killed", str(tool.difference(one.run, other_seed.run)))
+    longer = train_mlm(max_iters=8)
+    assert "killed and resumed" in str(tool.difference(one.run, longer.run))
+    last = same.run / "checkpoints" / "last"
+    (last / "model.safetensors").write_bytes(
+        (other_seed.run / "checkpoints" / "last" / "model.safetensors").read_bytes()
+    )
+    assert "model.safetensors of the last step: sha256" in str(tool.difference(one.run, same.run))
+    state = json.loads((longer.run / "checkpoints" / "last" / "training_state.json").read_text())
+    assert {"rate", "recent_losses", "skipped_steps"} <= state.keys()
+
+
+def test_a_resume_that_forgets_something_fails(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command itself must be able to fail: resume with the optimizer's memory lost."""
+    sabotage = work / "sitecustomize.py"
+    sabotage.write_text("import bertling.optim as optim\noptim.unpack_state = lambda optimizers, tensors: None\n")
+    monkeypatch.setenv("PYTHONPATH", str(work))
+    report = check(work, learning_rate=1e-2, steps=40)
+    assert not report.passed
+    assert re.match(
+        r"FAIL: step \d+: .* in one go, .* killed and resumed; killed after step \d+ .*; both runs are in",
+        report.text(),
+    )
+
+
+def test_what_cannot_be_trained_is_said(work: Path) -> None:
+    with pytest.raises(BertlingError, match=r"heads = 5 does not divide d-model"):
+        check(work, d_model=256, heads=5)
+    with pytest.raises(BertlingError, match="the training to verify failed: pattern 'nothing_"):
+        check(work, dataset_pattern="nothing_*")
+
+
+def test_a_run_that_is_killed_before_its_first_step_can_be_resumed(
+    train_mlm: Callable[..., Outcome], work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def die(*arguments: Any) -> None:
+        raise RuntimeError("power cut")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_step", die)
+        with pytest.raises(RuntimeError, match="power cut"):
+            train_mlm(max_iters=3)
+    assert [path.name for path in step_folders(work / "runs" / "run0" / "checkpoints")] == ["step-0000000"]
+    assert train_mlm(resume=True).step == 3
+
+
+def test_a_run_that_is_killed_behind_its_last_step_tells_nothing_twice(
+    train_mlm: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = train_mlm(max_iters=3)
+
+    def die(*arguments: Any) -> None:
+        raise RuntimeError("power cut")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("bertling.train.write_json", die)
+        with pytest.raises(RuntimeError, match="power cut"):
+            train_mlm(max_iters=3)
+    evaluations: list[int] = []
+    evaluate = MaskedLMTask.evaluate
+    monkeypatch.setattr(MaskedLMTask, "evaluate", lambda *given: evaluations.append(1) or evaluate(*given))
+    resumed = train_mlm(resume=True)
+    assert (resumed.step, resumed.finished, evaluations) == (3, True, [])
+    assert tool.difference(whole.run, resumed.run) is None
