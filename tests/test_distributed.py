@@ -1,6 +1,7 @@
 """Two processes train as one does; a launch passes on settings, signals and statuses; bad input never gets there."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,9 +20,10 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from bertling import cli, distributed
 from bertling.checkpoint import load_state
 from bertling.distributed import Ranks, check_processes, join, launch
-from bertling.files import BertlingError
+from bertling.files import BertlingError, write_json
 from bertling.finetune import FinetuneResult
 from bertling.runlog import read_metrics
+from bertling.runs import in_progress
 from bertling.settings import Settings, key_of
 from bertling.train import Outcome
 
@@ -126,6 +128,46 @@ def test_a_signal_to_the_launcher_saves_and_can_be_resumed_by_one_process(
     step = state.numbers["step"]
     assert step in (max(losses(run)), max(losses(run)) + 1)
     assert train_mlm(cp=run, max_iters=step + 1, ddp=False).finished
+
+
+def test_another_number_of_processes_goes_on_with_the_same_batches(
+    work: Path, train_mlm: Callable[..., Outcome]
+) -> None:
+    shape = SHAPE | {"max_iters": 12, "val_interval": 6, "save_every": "6", "max_checkpoints": 9}
+    whole = train_mlm(**shape, run_id="whole").run
+    for name in ("other", "back"):
+        shutil.copytree(whole, work / "runs" / name, symlinks=True)
+        for path in (work / "runs" / name / "checkpoints").iterdir():
+            if path.is_symlink():
+                path.unlink()
+        shutil.rmtree(work / "runs" / name / "checkpoints" / "step-0000012")
+        write_json(work / "runs" / name / "run.json", {"task": "mlm", "finished": False})
+    command = [sys.executable, "-m", "bertling", "pretrain", "--ddp", "--nproc", "2", "--cp", "runs/other"]
+    process = start(command, work)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert "; 2 processes" in err
+    assert_same_curve(whole, work / "runs" / "other", 12)
+    assert train_mlm(cp=work / "runs" / "back").step == 12
+    assert_same_curve(whole, work / "runs" / "back", 12)
+
+
+def test_the_processes_die_with_a_launcher_that_is_killed(work: Path) -> None:
+    shape = SHAPE | {"max_iters": 100_000, "save_every": "1000000"}
+    command = [sys.executable, "-m", "bertling", "pretrain", "--ddp", "--nproc", "2"]
+    process = start([*command, *flags(base_dir=work, run_id="two", **shape)], work)
+    run = work / "runs" / "two"
+    deadline = time.monotonic() + 240
+    while not ((run / "logs" / "metrics.jsonl").exists() and losses(run)):
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert in_progress(run)
+    process.kill()
+    process.wait()
+    while in_progress(run) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not in_progress(run)
 
 
 @pytest.fixture

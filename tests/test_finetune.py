@@ -2,6 +2,7 @@
 
 import csv
 import json
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -107,6 +108,30 @@ def test_seeds_have_a_run_each_and_one_result(world: World, tmp_path: Path) -> N
     assert result["accuracy"] == vars(summarise_seeds(accuracies))
     assert len({one["loss"] for one in result["seeds"]}) == 3
     assert result["floors"]["majority"] == 0.5
+
+
+def test_seeds_go_on_where_they_were_stopped(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = ["--train-input", world.train, "--val-input", world.dev, "--cp", world.mlm]
+    words = [*inputs, "--seeds", 3, "--seed", 5, "--save-every", 2]
+    whole = finetune(world, tmp_path, *words, "--run-id", "whole", steps=6).answer
+    batches, calls = ClassificationTask.micro_batches, [0]
+
+    def micro_batches(self: ClassificationTask, step: int, **sizes: int) -> object:
+        calls[0] += 1
+        if calls[0] == 10:  # in the second seed
+            signal.raise_signal(signal.SIGTERM)
+        return batches(self, step, **sizes)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ClassificationTask, "micro_batches", micro_batches)
+        stopped = finetune(world, tmp_path, *words, "--run-id", "stopped", steps=6)
+    assert stopped.status == 3
+    assert [one["finished"] for one in json.loads(stopped.out)["seeds"]] == [True, False]
+    resumed = bertling("finetune", "--resume", "--base-dir", tmp_path, "--json").answer
+    assert [Path(one["run"]).name for one in resumed["seeds"]] == [f"stopped-seed{seed}" for seed in (5, 6, 7)]
+    assert resumed["accuracy"] == whole["accuracy"]
+    for key in ("loss", "confusion", "best_step", "finished", "step"):
+        assert [one[key] for one in resumed["seeds"]] == [one[key] for one in whole["seeds"]], key
 
 
 def test_a_collapsed_seed_is_counted() -> None:

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from bertling.files import BertlingError
 from bertling.finetune import FinetuneResult
 from bertling.model import BertForSequenceClassification
 from bertling.prepare import prepare
-from bertling.runs import Start, open_run, resolve_start
+from bertling.runs import Start, new_folder, open_run, resolve_start
 from bertling.settings import Settings, read_ini
 from bertling.tasks import MaskedLMTask
 from bertling.tokenizer import Tokenizer
@@ -73,6 +74,13 @@ def test_runs_are_numbered_or_named(work: Path) -> None:
     assert about(work / "runs" / "run8") == {"task": "mlm", "finished": False}
     with pytest.raises(BertlingError, match="mine: exists already; go on with it by --cp, or choose another run-id"):
         start(run_id="mine")
+
+
+def test_trainings_that_start_together_get_folders_of_their_own(work: Path) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        made = list(pool.map(new_folder, [Settings(base_dir=work)] * 40))
+    assert len(set(made)) == 40
+    assert {path.name for path in made} == {f"run{i}" for i in range(40)}
 
 
 def test_a_finished_run_is_told_so_and_can_be_made_longer(train_mlm: Train, work: Path) -> None:

@@ -12,7 +12,7 @@ from bertling import distributed
 from bertling.budget import total_steps
 from bertling.checkpoint import load_checkpoint
 from bertling.distributed import Ranks
-from bertling.files import BertlingError, write_json
+from bertling.files import BertlingError, read_json, write_json
 from bertling.labelled import (
     SST2_NAMES,
     LabelledTexts,
@@ -34,8 +34,21 @@ from bertling.tokenizer import Tokenizer
 from bertling.train import Outcome, Trainer
 
 Say = Callable[[str], None]
+PLAN = "seeds.json"
 COLLAPSED = 0.01
 """A seed that ends within this of the majority floor has learned nothing."""
+
+
+@dataclass(frozen=True)
+class SeedPlan:
+    """Which seeds are trained together; each of their runs holds it: a resume of one goes on with the others."""
+
+    first_seed: int
+    seeds: int
+    run_id: str | None
+    checkpoint: str | None
+    runs: tuple[str, ...] = ()
+    """Names of the folders so far, in the order of the seeds."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +79,8 @@ class FinetuneResult:
                     "seed": one.seed,
                     "run": str(one.outcome.run),
                     "finished": one.outcome.finished,
+                    "step": one.outcome.step,
+                    "seconds": one.outcome.seconds,
                     "best_accuracy": one.outcome.best_accuracy if one.outcome.best_step else None,
                     "best_step": one.outcome.best_step,
                     **one.scores,
@@ -110,18 +125,23 @@ def finetune(start: Start, say: Say, *, from_scratch: bool = False) -> FinetuneR
             f"floors: majority class {floors['floor/majority']:.1%}, bag of words "
             f"{floors.get('floor/bag_of_words', 0.0):.1%}"
         )
-        results = []
-        for number in range(settings.seeds):
-            one = replace(settings, seed=settings.seed + number, seeds=1, run_id=seed_run_id(settings, number))
-            results.append(train_seed(replace(start, settings=one), train, dev, floors, runtime, ranks, say))
+        plan = plan_of(start)
+        results = [saved_result(start.run.parent / name) for name in plan.runs[:-1]] if start.run else []
+        for number in range(len(results), plan.seeds):
+            one = replace(settings, seed=plan.first_seed + number, seeds=1, run_id=seed_run_id(plan, number))
+            begin = replace(start, settings=one)
+            if start.run is not None and number >= len(plan.runs):  # a seed behind the one that is resumed
+                origin = None if plan.checkpoint is None else Path(plan.checkpoint)
+                begin = Start(one, start.explicit, checkpoint=origin)
+            earlier = tuple(seed.outcome.run.name for seed in results)
+            results.append(train_seed(begin, replace(plan, runs=earlier), train, dev, floors, runtime, ranks, say))
+            # A seed that was stopped early counts only where there is nothing else.
+            counted = [seed for seed in results if seed.outcome.finished] or results
+            result = FinetuneResult(results, summarise_seeds([seed.scores["accuracy"] for seed in counted]), floors)
+            for seed in results if ranks.first else ():
+                write_json(seed.outcome.run / "result.json", result.to_dict())
             if not results[-1].outcome.finished:
                 break
-        # A seed that was stopped early counts only where there is nothing else.
-        counted = [one for one in results if one.outcome.finished] or results
-        result = FinetuneResult(results, summarise_seeds([one.scores["accuracy"] for one in counted]), floors)
-        if ranks.first:
-            for seed in results:
-                write_json(seed.outcome.run / "result.json", result.to_dict())
         return result
     finally:
         distributed.leave()
@@ -142,15 +162,43 @@ def check_origin(start: Start, from_scratch: bool) -> None:
         raise BertlingError("--from-scratch and --cp exclude each other: give one of them")
 
 
-def seed_run_id(settings: Settings, number: int) -> str | None:
+def plan_of(start: Start) -> SeedPlan:
+    """The seeds that are asked for, or those that the run to go on in was begun with."""
+    settings = start.settings
+    if start.run is None or not (start.run / PLAN).exists():
+        checkpoint = None if start.checkpoint is None else str(start.checkpoint.absolute())
+        done = () if start.run is None else (start.run.name,)
+        return SeedPlan(settings.seed, settings.seeds, settings.run_id, checkpoint, done)
+    value = read_json(start.run / PLAN, "plan of seeds")
+    try:
+        return SeedPlan(**value | {"runs": tuple(value["runs"])})
+    except (KeyError, TypeError) as error:
+        raise BertlingError(f"{start.run / PLAN}: is not a plan of seeds; delete it to go on with this one") from error
+
+
+def saved_result(run: Path) -> SeedResult:
+    """What a seed that is done gave."""
+    entries = read_json(run / "result.json", "result of a seed").get("seeds")
+    for entry in entries if isinstance(entries, list) else ():
+        if isinstance(entry, dict) and Path(str(entry.get("run"))).name == run.name:
+            of_outcome = ("seed", "run", "finished", "step", "seconds", "best_accuracy", "best_step")
+            scores = {name: value for name, value in entry.items() if name not in of_outcome}
+            best, best_step = entry.get("best_accuracy") or -1.0, entry["best_step"]
+            outcome = Outcome(run, entry["step"], entry["seconds"], {}, best, best_step, entry["finished"])
+            return SeedResult(entry["seed"], outcome, scores)
+    raise BertlingError(f"{run / 'result.json'}: does not hold the result of this run; train its seed again")
+
+
+def seed_run_id(plan: SeedPlan, number: int) -> str | None:
     """A run folder of its own for every seed."""
-    if settings.run_id is None or settings.seeds == 1:
-        return settings.run_id
-    return f"{settings.run_id}-seed{settings.seed + number}"
+    if plan.run_id is None or plan.seeds == 1:
+        return plan.run_id
+    return f"{plan.run_id}-seed{plan.first_seed + number}"
 
 
 def train_seed(
     start: Start,
+    plan: SeedPlan,
     train: LabelledTexts,
     dev: LabelledTexts,
     floors: dict[str, float],
@@ -182,6 +230,8 @@ def train_seed(
     with open_run(replace(start, settings=settings)) if ranks.first else nullcontext(Path()) as folder:
         run = Path(ranks.text_from_first(str(folder)))
         say(f"run folder: {run}")
+        if ranks.first and plan.seeds > 1:
+            write_json(run / PLAN, vars(replace(plan, runs=(*plan.runs, run.name))))
         outcome = Trainer(task, model, tokenizer, settings, runtime, ranks, run, state=start.state).train()
     scores = evaluate_classifier(model, dev, task.dev_batches, runtime)
     return SeedResult(settings.seed, outcome, scores)

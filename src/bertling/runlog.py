@@ -177,7 +177,7 @@ class RunLog:
                 self._kept_back[path] = data[-MOST_KEPT_BACK:]
                 if first:
                     said = f"warning: {path}: the disk is full; what is logged waits for room"
-                    self._console.print(said, markup=False)
+                    self._console.print(said, markup=False, highlight=False, soft_wrap=True)
 
     def _forecast(self) -> tuple[float | None, float | None, float | None]:
         """Seconds a step, fraction done and seconds left, as far as they are known."""
