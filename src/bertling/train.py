@@ -93,7 +93,7 @@ class Trainer:
             self.model.compile()
         with stop_requests() as stop, self.open_log() as log:
             self.started = time.perf_counter() - self.seconds
-            if self.step == 0:
+            if self.evaluated_step < 0:
                 self.evaluate(log, 0.0)
                 self.save(log)  # from here on a killed run can be resumed
             now = self.moment()
