@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+from bertling.console import is_rank
 from bertling.files import BertlingError
 from bertling.settings import Settings
 
@@ -72,17 +73,12 @@ class Ranks:
         """Whether it is true on any process."""
         return bool(self.sum(torch.tensor(float(flag))) > 0)
 
-    def wait(self) -> None:
-        """Until every process has come here."""
-        if self.world_size > 1:
-            dist.barrier()
-
 
 def join(settings: Settings) -> Ranks:
     """Meet the other processes if torchrun started this one, else be alone."""
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         return Ranks()
-    if "TORCHELASTIC_RUN_ID" in os.environ:
+    if is_rank():
         watch_launcher()
     local_rank, world_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ["WORLD_SIZE"])
     local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
@@ -134,7 +130,7 @@ def leave() -> None:
 
 def launched() -> bool:
     """Whether torchrun started this process."""
-    return "TORCHELASTIC_RUN_ID" in os.environ or {"RANK", "WORLD_SIZE"} <= os.environ.keys()
+    return is_rank() or {"RANK", "WORLD_SIZE"} <= os.environ.keys()
 
 
 def launch(settings: Settings, arguments: Sequence[str]) -> int | None:

@@ -186,9 +186,9 @@ def atomic_folder(target: Path, *, force: bool = False) -> Iterator[Path]:
                             os.replace(temporary, target)
                         except OSError:
                             os.replace(old / target.name, target)
+                            old.rmdir()
                             raise
-                        finally:
-                            shutil.rmtree(old)
+                        shutil.rmtree(old)
                 else:
                     os.replace(temporary, target)
                 fsync_path(target.parent)

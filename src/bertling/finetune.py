@@ -1,7 +1,6 @@
 """Fine-tuning a classifier from the settings on: labelled texts, model, run folders, one or several seeds."""
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from bertling.labelled import (
 )
 from bertling.model import BertForSequenceClassification, count_parameters
 from bertling.pretrain import as_trained, check_architecture, find_vocabulary, say_loaded, sized_config
-from bertling.runs import Start, open_run
+from bertling.runs import Start, open_shared_run
 from bertling.runtime import Runtime, build_runtime
 from bertling.settings import Settings, settings_line
 from bertling.tasks import ClassificationTask, classification_floors, evaluate_classifier
@@ -182,8 +181,10 @@ def saved_result(run: Path) -> SeedResult:
     for entry in entries if isinstance(entries, list) else ():
         if isinstance(entry, dict) and Path(str(entry.get("run"))).name == run.name:
             of_outcome = ("seed", "run", "finished", "step", "seconds", "best_accuracy", "best_step")
+            if not entry.keys() >= {*of_outcome, "accuracy"}:
+                break
             scores = {name: value for name, value in entry.items() if name not in of_outcome}
-            best, best_step = entry.get("best_accuracy") or -1.0, entry["best_step"]
+            best, best_step = entry["best_accuracy"] or -1.0, entry["best_step"]
             outcome = Outcome(run, entry["step"], entry["seconds"], {}, best, best_step, entry["finished"])
             return SeedResult(entry["seed"], outcome, scores)
     raise BertlingError(f"{run / 'result.json'}: does not hold the result of this run; train its seed again")
@@ -227,8 +228,7 @@ def train_seed(
     )
     if task.train.truncated:
         say(f"note: {task.train.truncated:,} training texts are longer than {seq_len} tokens, and cut there")
-    with open_run(replace(start, settings=settings)) if ranks.first else nullcontext(Path()) as folder:
-        run = Path(ranks.text_from_first(str(folder)))
+    with open_shared_run(replace(start, settings=settings), ranks) as run:
         say(f"run folder: {run}")
         if ranks.first and plan.seeds > 1:
             write_json(run / PLAN, vars(replace(plan, runs=(*plan.runs, run.name))))

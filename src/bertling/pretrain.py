@@ -1,7 +1,6 @@
 """Pre-training from the settings on: data, vocabulary, model, run folder; then the loop."""
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from bertling.distributed import Ranks
 from bertling.files import BertlingError
 from bertling.model import BertEncoder, BertForMaskedLM, count_parameters
 from bertling.presets import ModelConfig, preset_config
-from bertling.runs import Start, open_run
+from bertling.runs import Start, open_shared_run
 from bertling.runtime import Runtime, build_runtime
 from bertling.samples import Samples, match_samples, open_samples
 from bertling.settings import Settings, key_of, settings_line
@@ -57,8 +56,7 @@ def pretrain(start: Start, say: Say) -> Outcome:
         settings = as_trained(start, model.config, task.train.seq_len)
         say(settings_line(settings, "pretrain"))
         introduce(model, task, data, settings, runtime, ranks, say)
-        with open_run(replace(start, settings=settings)) if ranks.first else nullcontext(Path()) as folder:
-            run = Path(ranks.text_from_first(str(folder)))
+        with open_shared_run(replace(start, settings=settings), ranks) as run:
             trainer = Trainer(task, model, data.tokenizer, settings, runtime, ranks, run, state=start.state)
             say(f"run folder: {run}")
             return trainer.train()

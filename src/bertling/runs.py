@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,8 @@ from bertling.checkpoint import (
     step_folders,
     verify,
 )
+from bertling.console import is_first
+from bertling.distributed import Ranks
 from bertling.files import BertlingError, atomic_write, locked, read_json, readable_errors, sweep, write_json
 from bertling.settings import COMMANDS, Settings, key_of, read_ini, resolve
 
@@ -120,7 +122,7 @@ def mend_record(run: Path, state: TrainingState) -> list[str]:
 
 def check_idle(run: Path) -> None:
     """Refuse a run that another process is training. Of several processes of one training the first one asks."""
-    if os.environ.get("RANK", "0") == "0" and in_progress(run):
+    if is_first() and in_progress(run):
         raise BertlingError(BUSY.format(run))
 
 
@@ -165,6 +167,13 @@ def open_run(start: Start) -> Iterator[Path]:
         yield folder
 
 
+@contextmanager
+def open_shared_run(start: Start, ranks: Ranks) -> Iterator[Path]:
+    """The same for several processes: the first one opens the run, all are told its folder."""
+    with open_run(start) if ranks.first else nullcontext(Path()) as folder:
+        yield Path(ranks.text_from_first(str(folder)))
+
+
 def new_folder(settings: Settings) -> Path:
     """Make the next free `runs/runN`, or `runs/<run-id>`."""
     runs, run_id = settings.base_dir / "runs", settings.run_id
@@ -200,7 +209,7 @@ def unfinished_run(base_dir: Path, tasks: set[str]) -> Path:
         with suppress(BertlingError):  # a folder that is no run of ours, or was damaged: the next one may be
             about = read_json(run / "run.json", "run description")
             if about.get("task") in tasks and not about.get("finished"):
-                if os.environ.get("RANK", "0") != "0" or not in_progress(run):
+                if not is_first() or not in_progress(run):
                     return run
                 busy = busy or run
     if busy:

@@ -128,14 +128,14 @@ class MaskedLMTask:
 
 def odd_data(train: MaskedBatches, tokenizer: Tokenizer, looked_at: int = 2048) -> list[str]:
     """What may keep a masked language model from learning, in the rows of the first steps: repeats, [UNK], masks."""
-    steps = max(1, min(looked_at // len(train.batch(0).input_ids), int(train.steps_per_epoch)))
+    batch = train.batch(0)
+    steps = max(1, min(looked_at // len(batch.input_ids), int(train.steps_per_epoch)))
     rows = np.concatenate(
         [samples.fetch_originals(indices) for step in range(steps) for samples, indices in train.rows(step)]
     )  # [n, T]
     ordinary = ~np.isin(rows, [tokenizer.pad_id, tokenizer.cls_id, tokenizer.sep_id])
     repeats = 1 - len(np.unique(rows, axis=0)) / len(rows)
     unknown = (rows == tokenizer.unk_id).sum() / max(ordinary.sum(), 1)
-    batch = train.batch(0)
     assert batch.positions is not None
     scored = batch.labels != IGNORED
     shown = batch.input_ids.flatten()[batch.positions[scored]] == batch.labels[scored]

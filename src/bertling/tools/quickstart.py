@@ -19,13 +19,13 @@ from typing import TYPE_CHECKING, Any
 
 from bertling.files import BertlingError, atomic_write, readable_errors, write_json
 from bertling.progress import ByteProgress, clock
-from bertling.runs import Start, resolve_start
 from bertling.settings import field_of, parse_value
 from bertling.tools.quickstart_text import collect_english
 
 if TYPE_CHECKING:
     from bertling.finetune import FinetuneResult
     from bertling.inference import Classified, Filled
+    from bertling.runs import Start
     from bertling.train import Outcome
 
 Say = Callable[[str], None]
@@ -206,8 +206,10 @@ class Tour:
             line += f" {quoted}"
         self.say(" \\\n".join([*lines, line]))
 
-    def start(self, command: str, values: Mapping[str, str], cp: Path | None = None, *words: str) -> Start:
+    def start(self, command: str, values: Mapping[str, str], cp: Path | None = None, *words: str) -> "Start":
         """Show the command of a training, and resolve its settings."""
+        from bertling.runs import resolve_start
+
         flags = [word for key, value in values.items() for word in (f"--{key}", value)]
         self.show(command, *(["--cp", cp] if cp else []), *words, *flags)
         items = {key: field_of(key, "quickstart") for key in values}
