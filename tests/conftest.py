@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
@@ -14,6 +15,18 @@ from bertling.pretrain import pretrain
 from bertling.runs import resolve_start
 from bertling.tokenizer import Tokenizer
 from bertling.train import Outcome
+
+# `pytest --hypothesis-profile thorough` tries more examples, and other ones each time.
+hypothesis.settings.register_profile(
+    "default",
+    max_examples=300,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=list(hypothesis.HealthCheck),
+)
+hypothesis.settings.load_profile("default")
+hypothesis.settings.register_profile("thorough", max_examples=5000, derandomize=False)
 
 ASSETS = Path(__file__).parent / "assets"
 SEQ_LEN = 32

@@ -16,6 +16,8 @@ import pyarrow.parquet
 import pytest
 from commands import SMALL, TEXT, VOCAB, World, bertling, listing, make_world
 
+from bertling.files import UNFINISHED
+
 Words = Sequence[object]
 STEPS = ["--batch-size", 4, "--max-iters", 2, "--dtype", "fp32", "--threads", 1]
 
@@ -39,7 +41,7 @@ def refuse(world: World, here: Path, words: Words, *parts: str) -> str:
     for part in parts:
         assert part in line, line
     assert len(line) < 400
-    assert ".tmp" not in line
+    assert UNFINISHED not in line
     assert (listing(here), listing(world.base)) == before
     return line
 
@@ -468,7 +470,7 @@ def test_no_space_left(world: World, here: Path, monkeypatch: pytest.MonkeyPatch
         refuse(world, here, words, "the disk is full: free some space, then run the same command again")
     done = bertling("pretrain", *SMALL, *STEPS, "--vocab", VOCAB)
     assert "the disk is full" in done.error
-    assert not [path for path in here.rglob("*") if path.name.endswith(".tmp")]
+    assert not [path for path in here.rglob("*") if path.name.endswith(UNFINISHED)]
 
 
 def test_no_space_left_for_a_checkpoint(world: World, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -189,16 +189,21 @@ def test_rotation_keeps_the_best_and_the_newest_besides(save: Save, tmp_path: Pa
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir() if "." in path.name) == []
 
 
-@pytest.mark.parametrize("name", sorted(FILES - {"manifest.json"}))
-@pytest.mark.parametrize("harm", ["truncated", "flipped", "missing"])
-def test_damage_to_any_file_is_refused_by_name(save: Save, name: str, harm: str) -> None:
-    path = save() / name
+def do_harm(path: Path, harm: str) -> None:
+    """Remove a file, flip a bit in its middle, or cut it there."""
     raw = bytearray(path.read_bytes())
     if harm == "missing":
         path.unlink()
     else:
         raw[len(raw) // 2] ^= 1
         path.write_bytes(raw[: len(raw) // 2] if harm == "truncated" else raw)
+
+
+@pytest.mark.parametrize("name", sorted(FILES - {"manifest.json"}))
+@pytest.mark.parametrize("harm", ["truncated", "flipped", "missing"])
+def test_damage_to_any_file_is_refused_by_name(save: Save, name: str, harm: str) -> None:
+    path = save() / name
+    do_harm(path, harm)
     expected = f"{name}: missing from this checkpoint; use another one"
     if harm != "missing":
         expected = rf"{name}: damaged or truncated \("
@@ -378,12 +383,7 @@ def test_the_checkpoint_before_a_damaged_one_is_found(save: Save, tmp_path: Path
         save(step, keep=3)
     assert newest_intact(checkpoints) == (checkpoints / "step-0000003", [])
     path = checkpoints / "step-0000003" / name
-    raw = bytearray(path.read_bytes())
-    if harm == "missing":
-        path.unlink()
-    else:
-        raw[len(raw) // 2] ^= 1
-        path.write_bytes(raw[: len(raw) // 2] if harm == "truncated" else raw)
+    do_harm(path, harm)
     found, faults = newest_intact(checkpoints)
     assert (found.name, len(faults)) == ("step-0000002", 1)
     assert "step-0000003" in faults[0]

@@ -16,7 +16,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from commands import TEXT, World, make_world
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from bertling.checkpoint import load_checkpoint, load_state, read_tensors, verify
@@ -27,19 +27,6 @@ from bertling.samples import open_samples
 from bertling.settings import Settings, resolve
 from bertling.text import read_pieces
 from bertling.tokenizer import Tokenizer
-
-settings.register_profile(
-    "default",
-    max_examples=300,
-    deadline=None,
-    derandomize=True,
-    database=None,
-    suppress_health_check=list(HealthCheck),
-)
-settings.register_profile("thorough", settings.get_profile("default"), max_examples=5000, derandomize=False)
-settings.load_profile(
-    settings.get_current_profile_name() if settings.get_current_profile_name() == "thorough" else "default"
-)
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),

@@ -13,6 +13,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 # A file imports only from files on lines above its own.
 LEVELS = """
     progress files
+    console
     settings
     runtime budget
     tokenizer
@@ -37,7 +38,7 @@ LEVELS = """
     pretrain
     finetune
     tools
-    options console
+    options
     cli
     __main__
 """.strip().splitlines()

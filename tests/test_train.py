@@ -27,6 +27,7 @@ from bertling.samples import match_samples, open_samples
 from bertling.settings import Settings
 from bertling.tasks import MaskedLMTask
 from bertling.tokenizer import Tokenizer
+from bertling.tools.verify_resume import timeless
 from bertling.train import Outcome, Trainer
 
 # Losses of steps 1, 10, 20, 30, 40, 50 of the run in the test below, fp32, one thread, torch 2.13.
@@ -53,10 +54,6 @@ def assert_equal_runs(first: Path, second: Path) -> None:
     states = [load_state(run / "checkpoints" / "last") for run in (first, second)]
     for name in ("step", "turn", "best_step", "best_accuracy", "metrics"):
         assert [state.numbers[name] for state in states if state] == [states[0].numbers[name]] * 2, name
-
-
-def timeless(run: Path) -> list[dict[str, Any]]:
-    return [{k: v for k, v in entry.items() if not k.startswith(("perf/", "time"))} for entry in read_metrics(run)]
 
 
 def at_step(monkeypatch: pytest.MonkeyPatch, step: int, action: Callable[[], None]) -> None:
