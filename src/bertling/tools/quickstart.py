@@ -119,7 +119,6 @@ def run_quickstart(
     before, outcome, after = tour.pretrain(minutes, steps)
     tuned, scratch = tour.finetune()
     classified, written = tour.ask()
-    floors = {name.removeprefix("floor/"): value for name, value in tuned.floors.items()}
     result = QuickstartResult(
         folder=str(folder),
         seconds=round(time.monotonic() - began, 1),
@@ -137,7 +136,7 @@ def run_quickstart(
         sentiment={
             "accuracy": tuned.summary.mean,
             "from_scratch": scratch.summary.mean,
-            **floors,
+            **{name.removeprefix("floor/"): value for name, value in tuned.floors.items()},
             "sentences": tour.dev_sentences,
         },
         classified=classified,
@@ -257,8 +256,7 @@ class Tour:
             f"The text becomes rows of {ROW} token numbers. One document in twenty is set aside for validation: the "
             "model never learns from it, so its score there tells what it understood, not what it remembers.",
         )
-        text, vocab = self.folder / TEXT, self.folder / "vocab"
-        shares = (0.95, 0.05, 0.0)
+        text, vocab, shares = self.folder / TEXT, self.folder / "vocab", (0.95, 0.05, 0.0)
         words = ("prepare", "-i", text, "-l", LABEL, "-o", self.datasets, "-m", ROW, "-v", vocab)
         self.show(*words, "--split", ",".join(map(str, shares)))
         from bertling.prepare import prepare
