@@ -9,12 +9,14 @@ import torch.nn.functional as F
 
 from bertling.attention import (
     SelfAttention,
+    Sight,
     attention,
     padding_mask,
     reference_attention,
     rotary_angles,
     rotate,
     sinusoidal_positions,
+    window_mask,
 )
 
 CPU = torch.device("cpu")
@@ -88,14 +90,24 @@ def test_padding_mask_takes_integers_and_booleans() -> None:
     assert torch.equal(padding_mask(integers.bool()), expected)
 
 
+def test_window_mask_is_a_band_that_padding_narrows_but_never_empties() -> None:
+    near = window_mask(5, 1, None, torch.device("cpu"))
+    band = torch.tensor([[1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [0, 1, 1, 1, 0], [0, 0, 1, 1, 1], [0, 0, 0, 1, 1]]).bool()
+    assert torch.equal(near, band[None, None])
+    padded = window_mask(5, 1, padding_mask(torch.tensor([[1, 1, 0, 0, 0], [1, 1, 1, 1, 1]])), torch.device("cpu"))
+    assert torch.equal(padded[1], near[0])
+    assert torch.equal(padded[0, 0, :, :2], band[:, :2])
+    assert torch.equal(padded[0, 0, :, 2:], torch.eye(5).bool()[:, 2:])  # a token of padding sees itself
+
+
 def test_dropout_follows_its_setting_and_the_mode() -> None:
     torch.manual_seed(0)
     x = torch.randn(2, 5, 16)
     for dropout, differs in ((0.0, False), (0.5, True)):
         module = SelfAttention(16, 2, bias=True, dropout=dropout)
-        assert torch.equal(module(x, None, None), module(x, None, None)) is not differs
+        assert torch.equal(module(x, Sight(None, None)), module(x, Sight(None, None))) is not differs
         module.eval()
-        assert torch.equal(module(x, None, None), module(x, None, None))
+        assert torch.equal(module(x, Sight(None, None)), module(x, Sight(None, None)))
 
 
 def test_dropout_of_the_plain_attention_keeps_the_mean() -> None:

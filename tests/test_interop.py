@@ -30,7 +30,7 @@ Change = Callable[[dict[str, Any], dict[str, Tensor]], Any]
 
 
 def tiny(name: str, *, dropout: float = 0.0, labels: tuple[str, ...] = ("bad", "good", "so-so")) -> ModelConfig:
-    return preset_config(
+    config = preset_config(
         name,
         "mini",
         VOCAB,
@@ -42,6 +42,7 @@ def tiny(name: str, *, dropout: float = 0.0, labels: tuple[str, ...] = ("bad", "
         dropout=dropout,
         labels=labels,
     )
+    return replace(config, local_attention=6, local_rope_theta=500.0) if name == "modern" else config
 
 
 def build(name: str, head: Head, **options: Any) -> BertEncoder:
@@ -118,7 +119,8 @@ def compare_gradients(model: BertEncoder, stock: nn.Module) -> None:
     for key, gradient in theirs.items():
         if key in ours:
             assert gradient is not None
-            assert (ours[key] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-7, key
+            # The rest is for the bias of keys, which shifts all scores of a query alike: zero but for rounding.
+            assert (ours[key] - gradient).norm() <= 1e-5 * gradient.norm() + 5e-7, key
 
 
 def test_segments_as_in_the_stock_class(tmp_path: Path) -> None:
@@ -333,11 +335,10 @@ def test_faults_are_named_in_one_line(change: Change, message: str) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"layer_types": ["full_attention", "sliding_attention", "full_attention"]}, "layer_types asks for sliding"),
-        (
-            {"layer_types": None, "global_attn_every_n_layers": 3},
-            "layer_types asks for sliding windows, .* not supported",
-        ),
+        ({"layer_types": ["sliding_attention"] * 3}, "config.json: layer_types is no pattern"),
+        ({"layer_types": ["full_attention"] * 2}, "config.json: layer_types is no pattern"),
+        ({"layer_types": None, "global_attn_every_n_layers": 0}, "global_attn_every_n_layers = 0: this must be"),
+        ({"local_attention": -2}, "local_attention = -2: this must be"),
         ({"rope_parameters": {"full_attention": {"rope_type": "yarn"}}}, "scaled rotary positions are not supported"),
         ({"rope_scaling": {"factor": 2}}, "scaled rotary positions are not supported"),
         (
@@ -360,8 +361,18 @@ def test_rotary_base_in_both_spellings() -> None:
     four = {key: value for key, value in config.items() if key not in ("rope_parameters", "layer_types")}
     for variant in (five, four | {"global_rope_theta": 5.0}):
         assert from_hf(variant, state)[0].config.rope_theta == 5.0
-    four.pop("global_rope_theta")
-    assert from_hf(four, state)[0].config.rope_theta == 160_000.0  # the stock default
+    for key in ("global_rope_theta", "local_rope_theta", "local_attention", "global_attn_every_n_layers"):
+        four.pop(key)
+    stock = from_hf(four, state)[0].config  # what the stock class takes when nothing is said
+    assert (stock.rope_theta, stock.local_rope_theta) == (160_000.0, 10_000.0)
+    assert (stock.local_attention, stock.global_attn_every_n_layers) == (128, 3)
+
+
+def test_layer_types_alone_tell_the_pattern() -> None:
+    config, state = to_hf(build("modern", "masked_lm"))
+    config.pop("global_attn_every_n_layers")
+    for types, every in ((["full_attention"] * 3, 1), (["full_attention", "sliding_attention", "full_attention"], 2)):
+        assert from_hf(config | {"layer_types": types}, state)[0].config.global_attn_every_n_layers == every
 
 
 def test_an_anatomy_without_a_stock_class_is_refused() -> None:

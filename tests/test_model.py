@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bertling.attention import Sight
 from bertling.files import BertlingError
 from bertling.model import (
     BertEncoder,
@@ -167,7 +168,7 @@ def test_fresh_weights_have_the_right_spread(name: str) -> None:
 def test_a_fresh_modern_block_is_the_identity() -> None:
     model = BertForMaskedLM(tiny("modern"))
     x = torch.randn(2, LENGTH, 32)
-    assert torch.equal(model.encoder.layers[0](x, None, None), x)
+    assert torch.equal(model.encoder.layers[0](x, Sight(None, None)), x)
 
 
 @every_preset

@@ -4,6 +4,7 @@ Shapes: B batch, T tokens, D hidden, H heads, K head dim (D = H * K).
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -37,12 +38,22 @@ def inverse_frequencies(width: int, base: float, device: torch.device) -> Tensor
 
 
 def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """Turn column i of `x` [B, H, T, K] together with column i + K/2, in fp32, as the angles are.
+    """Turn column i of `x` [B, H, T, K] together with column i + K/2, in the number format of `x`.
 
     Queries and keys turned so have dot products that depend on the distance between two tokens only.
     """
     first, second = x.chunk(2, dim=-1)  # [B, H, T, K/2] each
-    return torch.cat((first * cosine - second * sine, second * cosine + first * sine), dim=-1).to(x.dtype)
+    cosine, sine = cosine.to(x.dtype), sine.to(x.dtype)
+    return torch.cat((first * cosine - second * sine, second * cosine + first * sine), dim=-1)
+
+
+class Sight(NamedTuple):
+    """What attention is told about places."""
+
+    mask: Tensor | None
+    """True where a query may look at a key, [B or 1, 1, T or 1, T]; None where all may look at all."""
+    rotary: tuple[Tensor, Tensor] | None
+    """The angles of `rotary_angles`, where positions are encoded so."""
 
 
 def padding_mask(attention_mask: Tensor) -> Tensor:
@@ -52,6 +63,17 @@ def padding_mask(attention_mask: Tensor) -> Tensor:
     """
     real = attention_mask.bool()
     return (real | ~real.any(dim=1, keepdim=True))[:, None, None, :]
+
+
+def window_mask(length: int, reach: int, padding: Tensor | None, device: torch.device) -> Tensor:
+    """True for keys up to `reach` tokens away that `padding` (of `padding_mask`) allows, [B or 1, 1, T, T].
+
+    Every token sees itself, padding too: again the softmax over nothing.
+    """
+    places = torch.arange(length, device=device)
+    distance = (places[:, None] - places).abs()  # [T, T]
+    near = (distance <= reach)[None, None]
+    return near if padding is None else (near & padding) | (distance == 0)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor | None, dropout_p: float = 0.0) -> Tensor:
@@ -69,7 +91,7 @@ def reference_attention(
     q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor | None, dropout_p: float = 0.0
 ) -> Tensor:
     """The same in plain sight: softmax(q k^T / sqrt(K)) v (Vaswani et al. 2017, equation 1)."""
-    scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])  # [B, H, T, K] @ [B, H, K, T] -> [B, H, T, T]
+    scores = (q / math.sqrt(q.shape[-1])) @ k.transpose(-2, -1)  # [B, H, T, K] @ [B, H, K, T] -> [B, H, T, T]
     if attention_mask is not None:
         scores = scores.masked_fill(~attention_mask, float("-inf"))
     weights = scores.softmax(dim=-1)
@@ -89,13 +111,16 @@ class SelfAttention(nn.Module):
         self.qkv_proj = nn.Linear(hidden_size, 3 * hidden_size, bias=bias)
         self.out_proj = nn.Linear(hidden_size, hidden_size, bias=bias)
 
-    def forward(self, x: Tensor, attention_mask: Tensor | None, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
-        """[B, T, D] -> [B, T, D]; `rotary` holds the angles of `rotary_angles` where positions are encoded so."""
+    def forward(self, x: Tensor, sight: Sight, positions: Tensor | None = None) -> Tensor:
+        """[B, T, D] -> [B, T, D], or [M, D] at the flat `positions` [M] alone."""
         batch, length, hidden_size = x.shape
         qkv = self.qkv_proj(x).view(batch, length, 3, self.num_attention_heads, self.head_dim)  # [B, T, 3, H, K]
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # [B, H, T, K] each
-        if rotary is not None:
-            q, k = rotate(q, *rotary), rotate(k, *rotary)
-        mixed = attention(q, k, v, attention_mask, self.dropout if self.training else 0.0)  # [B, H, T, K]
-        output: Tensor = self.out_proj(mixed.transpose(1, 2).reshape(batch, length, hidden_size))  # [B, T, D]
+        if sight.rotary is not None:
+            q, k = rotate(q, *sight.rotary), rotate(k, *sight.rotary)
+        mixed = attention(q, k, v, sight.mask, self.dropout if self.training else 0.0)  # [B, H, T, K]
+        mixed = mixed.transpose(1, 2).reshape(batch, length, hidden_size)  # [B, T, D]
+        if positions is not None:
+            mixed = mixed.flatten(0, 1).index_select(0, positions)  # [M, D]
+        output: Tensor = self.out_proj(mixed)
         return output

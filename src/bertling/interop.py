@@ -245,13 +245,14 @@ def config_to_hf(config: ModelConfig, head: Head) -> dict[str, Any]:
     }
     if architecture == "modern":
         # Each setting in the spelling of transformers 5 and of 4: either ignores the other's.
-        rope = {"rope_type": "default", "rope_theta": config.rope_theta}
+        bases = {"full_attention": config.rope_theta, "sliding_attention": config.local_rope_theta}
         result |= {
-            "layer_types": ["full_attention"] * config.num_hidden_layers,
-            "global_attn_every_n_layers": 1,
-            "rope_parameters": {"full_attention": rope, "sliding_attention": rope},
+            "layer_types": layer_types(config.global_attn_every_n_layers, config.num_hidden_layers),
+            "global_attn_every_n_layers": config.global_attn_every_n_layers,
+            "local_attention": config.local_attention,
+            "rope_parameters": {kind: {"rope_type": "default", "rope_theta": base} for kind, base in bases.items()},
             "global_rope_theta": config.rope_theta,
-            "local_rope_theta": config.rope_theta,
+            "local_rope_theta": config.local_rope_theta,
         }
         # The stock defaults are ids of another vocabulary.
         result |= dict.fromkeys(("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"))
@@ -294,36 +295,48 @@ def config_from_hf(config: Mapping[str, Any]) -> ModelConfig:
     if architecture == "bert" and config.get("classifier_dropout") is None:
         values["classifier_dropout"] = values["hidden_dropout_prob"]
     if architecture == "modern":
-        values["rope_theta"] = rotary_base(config)
+        values["rope_theta"] = rotary_base(config, "full_attention", "global_rope_theta", 160_000.0)
+        values["local_rope_theta"] = rotary_base(config, "sliding_attention", "local_rope_theta", 10_000.0)
+        values["local_attention"] = config.get("local_attention", 128)
     try:
+        if architecture == "modern":
+            values["global_attn_every_n_layers"] = global_every(config, values["num_hidden_layers"])
         if config.get("id2label") is not None:
             values["labels"] = parse_labels(config["id2label"])
-        result = ModelConfig(**values)
+        return ModelConfig(**values)
     except BertlingError as error:
         raise BertlingError(f"config.json: {error}") from None
-    if architecture == "modern":
-        check_global_attention(config, result.num_hidden_layers)
-    return result
 
 
-def rotary_base(config: Mapping[str, Any]) -> Any:
-    """The base of a ModernBERT's rotary frequencies in global layers, in the spelling of transformers 5 or 4."""
+def rotary_base(config: Mapping[str, Any], kind: str, key: str, default: float) -> Any:
+    """The base of a ModernBERT's rotary frequencies in layers of this kind, in the spelling of transformers 5 or 4."""
     parameters = config.get("rope_parameters") or {}
-    full = parameters.get("full_attention") if isinstance(parameters, dict) else None
-    full = full if isinstance(full, dict) else {}
-    if config.get("rope_scaling") is not None or full.get("rope_type", "default") != "default":
+    own = parameters.get(kind) if isinstance(parameters, dict) else None
+    own = own if isinstance(own, dict) else {}
+    if config.get("rope_scaling") is not None or own.get("rope_type", "default") != "default":
         raise BertlingError(
             "config.json: scaled rotary positions are not supported; use a model with rope_type 'default'"
         )
-    return full.get("rope_theta", config.get("global_rope_theta", 160_000.0))
+    return own.get("rope_theta", config.get(key, default))
 
 
-def check_global_attention(config: Mapping[str, Any], layers: int) -> None:
-    """Refuse a ModernBERT in which some layers see only a window."""
+def layer_types(every: int, layers: int) -> list[str]:
+    """The kinds of a ModernBERT's layers, of which every so many-th looks everywhere."""
+    return ["sliding_attention" if i % every else "full_attention" for i in range(layers)]
+
+
+def global_every(config: Mapping[str, Any], layers: Any) -> Any:
+    """Every which layer of a ModernBERT looks everywhere, in the spelling of transformers 5 or 4."""
     types = config.get("layer_types")
-    every = config.get("global_attn_every_n_layers", 3)
-    if types != ["full_attention"] * layers if types is not None else every != 1 and layers > 1:
-        raise BertlingError(
-            "config.json: layer_types asks for sliding windows, which are not supported; "
-            "use a model with 'full_attention' in every layer"
-        )
+    if types is None:
+        return config.get("global_attn_every_n_layers", 3)
+    told = config.get("global_attn_every_n_layers")
+    candidates = [told] if type(told) is int and told > 0 else []
+    if isinstance(types, list) and len(types) == layers:
+        for every in [*candidates, *range(1, layers + 1)]:
+            if types == layer_types(every, layers):
+                return every
+    raise BertlingError(
+        "layer_types is no pattern in which the first and then every so many-th of the layers has 'full_attention', "
+        "and the others 'sliding_attention'; use a model that is built so"
+    )

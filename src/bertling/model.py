@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bertling.attention import SelfAttention, padding_mask, rotary_angles, sinusoidal_positions
+from bertling.attention import SelfAttention, Sight, padding_mask, rotary_angles, sinusoidal_positions, window_mask
 from bertling.files import BertlingError
 from bertling.presets import ModelConfig as ModelConfig
 from bertling.presets import Pooler
@@ -94,13 +94,16 @@ class Block(nn.Module):
         self.mlp_norm = layer_norm(config)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, attention_mask: Tensor | None, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
-        """[B, T, D] -> [B, T, D]."""
+    def forward(self, x: Tensor, sight: Sight, positions: Tensor | None = None) -> Tensor:
+        """[B, T, D] -> [B, T, D]; or -> [M, D] with `positions` [M]: these look at all tokens, the others are dropped."""
+        residual = x if positions is None else x.flatten(0, 1).index_select(0, positions)
         if self.norm_first:  # the stream itself is never normalised, so gradients reach the first block undamped
-            x = x + self.dropout(self.attention(self.attention_norm(x), attention_mask, rotary))
+            mixed = self.attention(self.attention_norm(x), sight, positions)
+            x = residual + self.dropout(mixed)
             x = x + self.mlp(self.mlp_norm(x))
         else:
-            x = self.attention_norm(x + self.dropout(self.attention(x, attention_mask, rotary)))
+            mixed = self.attention(x, sight, positions)
+            x = self.attention_norm(residual + self.dropout(mixed))
             x = self.mlp_norm(x + self.mlp(x))
         return x
 
@@ -116,16 +119,29 @@ class Encoder(nn.Module):
         )
         self.final_norm = layer_norm(config) if config.final_norm else nn.Identity()
 
-    def forward(self, x: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """[B, T, D] -> [B, T, D]; `attention_mask` [B, T] is 1 or True where a token counts, None where all do."""
-        rotary = None
-        if self.config.positions == "rotary":
-            rotary = rotary_angles(x.shape[1], self.config.head_dim, self.config.rope_theta, x.device)
-        mask = None if attention_mask is None else padding_mask(attention_mask)
-        for block in self.layers:
-            x = block(x, mask, rotary)
+    def forward(self, x: Tensor, attention_mask: Tensor | None, positions: Tensor | None = None) -> Tensor:
+        """[B, T, D] -> [B, T, D]; `attention_mask` [B, T] is 1 or True where a token counts, None where all do.
+
+        With `positions` [M] (flat, in B * T) the last block ends at these tokens, [M, D]: no one reads the others.
+        """
+        sights = [self.sight(x, attention_mask, local=local) for local in (False, True)]
+        last = len(self.layers) - 1
+        for i, block in enumerate(self.layers):
+            x = block(x, sights[self.config.is_local(i)], positions if i == last else None)
         output: Tensor = self.final_norm(x)
         return output
+
+    def sight(self, x: Tensor, attention_mask: Tensor | None, *, local: bool) -> Sight:
+        """What the blocks that look everywhere, or the `local` ones, are told about the places of `x` [B, T, D]."""
+        config, length = self.config, x.shape[1]
+        mask = None if attention_mask is None else padding_mask(attention_mask)
+        if local:
+            mask = window_mask(length, config.local_attention // 2, mask, x.device)
+        rotary = None
+        if config.positions == "rotary":
+            theta = config.local_rope_theta if local else config.rope_theta
+            rotary = rotary_angles(length, config.head_dim, theta, x.device)
+        return Sight(mask, rotary)
 
 
 class BertEncoder(nn.Module):
@@ -138,10 +154,17 @@ class BertEncoder(nn.Module):
         self.encoder = Encoder(config)
 
     def encode(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        positions: Tensor | None = None,
     ) -> Tensor:
-        """Last hidden states, [B, T] -> [B, T, D]; segments are ignored by a model without segment embeddings."""
-        x: Tensor = self.encoder(self.embeddings(input_ids, token_type_ids), attention_mask)
+        """Last hidden states, [B, T] -> [B, T, D], or [M, D] of the flat `positions` [M] alone.
+
+        Segments are ignored by a model without segment embeddings.
+        """
+        x: Tensor = self.encoder(self.embeddings(input_ids, token_type_ids), attention_mask, positions)
         return x
 
 
@@ -217,11 +240,9 @@ class BertForMaskedLM(BertEncoder):
         """Logits [B, T, V]; with `positions` [M] (flat, in B * T) logits [M, V]; with `labels` a MaskedOutput.
 
         `labels` belong to `positions`, or are [B, T] without them; -100 marks what is not scored.
-        Only the positions named meet the vocabulary matrix, by far the largest one.
+        Only the positions named pass through the end of the last block and the vocabulary matrix, by far the largest.
         """
-        x = self.encode(input_ids, attention_mask, token_type_ids)  # [B, T, D]
-        if positions is not None:
-            x = x.flatten(0, 1).index_select(0, positions)  # [B * T, D] -> [M, D]
+        x = self.encode(input_ids, attention_mask, token_type_ids, positions)  # [B, T, D] or [M, D]
         logits: Tensor = self.mlm_head(x)
         if labels is None:
             return logits[..., : self.config.vocab_size]
@@ -244,7 +265,9 @@ class BertForSequenceClassification(BertEncoder):
         self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
     ) -> Tensor:
         """[B, T] -> logits [B, L]."""
-        x = self.encode(input_ids, attention_mask, token_type_ids)[:, 0]  # [B, T, D] -> [B, D]
+        batch, length = input_ids.shape
+        first = torch.arange(0, batch * length, length, device=input_ids.device)
+        x = self.encode(input_ids, attention_mask, token_type_ids, first)  # [B, D]
         logits: Tensor = self.classifier(self.dropout(self.pooler(x)))
         return logits
 

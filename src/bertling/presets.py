@@ -20,6 +20,8 @@ LIMITS = {
     "intermediate_size": 2**17,
     "max_position_embeddings": 2**17,
     "type_vocab_size": 2**10,
+    "global_attn_every_n_layers": 2**9,
+    "local_attention": 2**18,
     "pad_token_id": 2**22,
 }
 
@@ -63,7 +65,13 @@ class ModelConfig:
     positions: Positions
     """How a token's place is told: learned or sinusoidal vectors added to its embedding, or rotary in attention."""
     rope_theta: float
-    """Base of the rotary frequencies."""
+    """Base of the rotary frequencies in blocks that look everywhere."""
+    local_rope_theta: float
+    """The same in local blocks."""
+    global_attn_every_n_layers: int
+    """Every so many-th block looks everywhere, the first one included; the others are local. 1: all look everywhere."""
+    local_attention: int
+    """Tokens in the window of a local block: half of them on either side of each token."""
     norm_first: bool
     """LayerNorm before attention and MLP (pre-norm) instead of behind the sum (post-norm)."""
     embedding_norm: bool
@@ -90,6 +98,10 @@ class ModelConfig:
     @property
     def head_dim(self) -> int:
         return self.hidden_size // self.num_attention_heads
+
+    def is_local(self, layer: int) -> bool:
+        """Whether the block of this number, from 0, sees a window only."""
+        return layer % self.global_attn_every_n_layers != 0
 
     @property
     def padded_vocab_size(self) -> int:
@@ -161,6 +173,9 @@ BERT: dict[str, Any] = {
     "classifier_dropout": 0.1,
     "positions": "learned",
     "rope_theta": 10_000.0,
+    "local_rope_theta": 10_000.0,
+    "global_attn_every_n_layers": 1,
+    "local_attention": 128,
     "norm_first": False,
     "embedding_norm": True,
     "first_attention_norm": True,
@@ -197,7 +212,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "classifier_dropout": 0.2,
         "pooler": "relu",
     },
-    # Warner et al. 2024 (ModernBERT), with global attention in every block, and blocks that start as the identity.
+    # Warner et al. 2024 (ModernBERT), with a far narrower window, and blocks that start as the identity.
     "modern": BERT
     | {
         "architecture": "modern",
@@ -209,6 +224,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "hidden_dropout_prob": 0.0,
         "classifier_dropout": 0.0,
         "positions": "rotary",
+        "global_attn_every_n_layers": 3,
+        "local_attention": 16,
         "norm_first": True,
         "first_attention_norm": False,
         "final_norm": True,
