@@ -95,7 +95,7 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, sight: Sight, positions: Tensor | None = None) -> Tensor:
-        """[B, T, D] -> [B, T, D]; or -> [M, D] with `positions` [M]: these look at all tokens, the others are dropped."""
+        """[B, T, D] -> [B, T, D]; or -> [M, D] with `positions` [M]: these look at all tokens, the rest is dropped."""
         residual = x if positions is None else x.flatten(0, 1).index_select(0, positions)
         if self.norm_first:  # the stream itself is never normalised, so gradients reach the first block undamped
             mixed = self.attention(self.attention_norm(x), sight, positions)

@@ -8,14 +8,17 @@ from torch import Tensor, nn
 
 from bertling.settings import Settings
 
+HIDDEN = ("encoder.", "mlm_head.transform.", "pooler.")
+"""Where the matrices are that Muon takes: neither embeddings nor scores, whose rows stand each for itself."""
+
 
 def build_optimizers(model: nn.Module, settings: Settings, device: torch.device) -> list[torch.optim.Optimizer]:
-    """AdamW (Loshchilov & Hutter 2019), or Muon (Jordan et al. 2024) for the encoder's matrices and AdamW for the rest.
+    """AdamW (Loshchilov & Hutter 2019), or Muon (Jordan et al. 2024) for the hidden matrices and AdamW for the rest.
 
     Weight decay acts on matrices only. Each group remembers its highest rate as `peak_lr`.
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    hidden = {name for name, p in named if p.ndim == 2 and name.startswith("encoder.")}
+    hidden = {name for name, p in named if p.ndim == 2 and name.startswith(HIDDEN)}
     if settings.optimizer == "adamw":
         hidden = set()
     rest = [(name, p) for name, p in named if name not in hidden]
