@@ -121,3 +121,12 @@ def test_padded_vocabulary_size() -> None:
         128,
         30_528,
     ]
+
+
+def test_windows_are_asked_for_and_only_modern_has_them() -> None:
+    assert [build("modern").is_local(i) for i in range(4)] == [False] * 4
+    config = build("modern", local_attention=16)
+    assert [config.is_local(i) for i in range(7)] == [False, True, True, False, True, True, False]
+    assert config.local_attention == 16
+    with pytest.raises(BertlingError, match="local-attention: the preset bert has no windows"):
+        build("bert", local_attention=16)

@@ -21,19 +21,21 @@ def sinusoidal_positions(length: int, hidden_size: int, device: torch.device) ->
     return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(1)  # [T, D/2, 2] -> [T, D]
 
 
-def rotary_angles(length: int, head_dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
+def rotary_angles(
+    length: int, head_dim: int, theta: float, device: torch.device, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
     """Cosine and sine of the angle by which each position turns each pair of columns (Su et al. 2021), [T, K/2] each.
 
     Made anew in every forward pass: a few thousand numbers, and no table to size, store, move or round to bf16.
     """
-    frequencies = inverse_frequencies(head_dim, theta, device)
+    frequencies = inverse_frequencies(head_dim, theta, device, dtype)
     angles = torch.arange(length, device=device)[:, None] * frequencies  # [T, K/2]
     return angles.cos(), angles.sin()
 
 
-def inverse_frequencies(width: int, base: float, device: torch.device) -> Tensor:
+def inverse_frequencies(width: int, base: float, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
     """base^(-2i / width) for i = 0, 1, ... width/2 - 1: from one radian per token down to almost none. [width/2]"""
-    exponents = torch.arange(0, width, 2, device=device, dtype=torch.float32) / width
+    exponents = torch.arange(0, width, 2, device=device, dtype=dtype) / width
     return 1.0 / base**exponents
 
 

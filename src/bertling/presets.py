@@ -158,6 +158,8 @@ def check_field(name: str, value: Any, kind: Any) -> None:
 
 # Blocks, width, heads; the blocks of `base` are those of each original.
 SIZES: dict[str, tuple[int, int, int]] = {"mini": (4, 256, 4), "small": (6, 512, 8), "base": (12, 768, 12)}
+LOCAL_PATTERN = 3
+"""Where windows are asked for, every third block still sees the whole row, as in ModernBERT."""
 BASE_LAYERS: dict[str, int] = {"seed": 6, "bert": 12, "distilbert": 6, "modern": 12}
 
 # What BertForMaskedLM and its kind are made of (Devlin et al. 2019).
@@ -212,7 +214,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "classifier_dropout": 0.2,
         "pooler": "relu",
     },
-    # Warner et al. 2024 (ModernBERT), with a far narrower window, and blocks that start as the identity.
+    # Warner et al. 2024 (ModernBERT), with blocks that start as the identity, and windows only where they are wanted.
     "modern": BERT
     | {
         "architecture": "modern",
@@ -224,8 +226,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "hidden_dropout_prob": 0.0,
         "classifier_dropout": 0.0,
         "positions": "rotary",
-        "global_attn_every_n_layers": 3,
-        "local_attention": 16,
         "norm_first": True,
         "first_attention_norm": False,
         "final_norm": True,
@@ -247,10 +247,14 @@ def preset_config(
     hidden_size: int | None = None,
     num_hidden_layers: int | None = None,
     num_attention_heads: int | None = None,
+    local_attention: int | None = None,
     dropout: float | None = None,
     labels: Sequence[str] | None = None,
 ) -> ModelConfig:
-    """The configuration of a preset in a size; sizes given explicitly win, `dropout` replaces the preset's own."""
+    """The configuration of a preset in a size; sizes given explicitly win, `dropout` replaces the preset's own.
+
+    `local_attention` asks for windows of so many tokens, which only `modern` can have.
+    """
     if name not in PRESETS:
         raise BertlingError(f"preset = {name!r}: no such preset; choose one of {', '.join(PRESETS)}")
     if size not in SIZES:
@@ -271,6 +275,10 @@ def preset_config(
         "num_attention_heads": heads,
         "intermediate_size": mlp_width(width, glu=PRESETS[name]["glu"]),
     }
+    if local_attention is not None:
+        if name != "modern":
+            raise BertlingError(f"local-attention: the preset {name} has no windows; leave it out, or use modern")
+        values |= {"local_attention": local_attention, "global_attn_every_n_layers": LOCAL_PATTERN}
     if dropout is not None:
         values |= dropout_values(name, dropout)
     if labels is not None:
