@@ -15,6 +15,7 @@ import pyarrow.parquet
 import pytest
 import torch
 from commands import VOCAB, World, bertling, make_world
+from safetensors.torch import load_file
 
 from bertling import files, tables, text, tokenizer
 from bertling.checkpoint import load_checkpoint
@@ -65,13 +66,42 @@ def test_no_pickle_is_opened_whatever_it_is_called(model: Path, tmp_path: Path) 
     with pytest.raises(BertlingError, match=r"model\.safetensors: damaged or truncated"):
         load_checkpoint(model)
     weights.unlink()
-    (model / "pytorch_model.bin").write_bytes(payload)
-    with pytest.raises(BertlingError, match=r"model\.safetensors: missing"):
+    old = model / "pytorch_model.bin"
+    old.write_bytes(payload)
+    with pytest.raises(BertlingError, match=r"pytorch_model\.bin: damaged, or holds more than tensors"):
+        load_checkpoint(model)
+    torch.save({"weight": Bomb(proof)}, old)
+    with pytest.raises(BertlingError, match=r"pytorch_model\.bin: damaged, or holds more than tensors"):
         load_checkpoint(model)
     data = tmp_path / "train_x_16_1.msgpack"
     data.write_bytes(payload)
     assert "train_x_16_1.msgpack" in bertling("inspect", data, "-v", VOCAB).error
     assert not proof.exists()
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_an_old_weights_file_gives_the_same_model(model: Path, zipped: bool) -> None:
+    before = load_checkpoint(model).model.state_dict()
+    weights = model / "model.safetensors"
+    old = model / "pytorch_model.bin"
+    torch.save(load_file(weights), old, _use_new_zipfile_serialization=zipped)
+    weights.unlink()
+    after = load_checkpoint(model).model.state_dict()
+    assert all(torch.equal(before[name], value) for name, value in after.items())
+    whole = old.read_bytes()
+    for raw in (whole[: len(whole) // 2], b"", b"no weights at all", whole[: len(whole) // 2] + bytes(64)):
+        old.write_bytes(raw)
+        with pytest.raises(BertlingError, match=r"pytorch_model\.bin: damaged, or holds more than tensors"):
+            load_checkpoint(model)
+    torch.save([torch.zeros(3)], old)
+    with pytest.raises(BertlingError, match=r"pytorch_model\.bin: holds no table of tensors"):
+        load_checkpoint(model)
+    old.unlink()
+    with pytest.raises(BertlingError, match=r"model\.safetensors: missing"):
+        load_checkpoint(model)
+    (model / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(BertlingError, match="split over several files"):
+        load_checkpoint(model)
 
 
 @pytest.mark.parametrize(

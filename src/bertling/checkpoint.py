@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import pickle  # for the name of its error alone
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from bertling.files import (
     write_json,
 )
 from bertling.interop import LoadReport, from_hf, to_hf, unwrap
-from bertling.model import BertForMaskedLM, BertForSequenceClassification
+from bertling.model import BertEncoder
 from bertling.stock import Head
 from bertling.tokenizer import Tokenizer
 
@@ -48,7 +49,7 @@ class Loaded:
     """A model out of a checkpoint folder."""
 
     folder: Path
-    model: BertForMaskedLM | BertForSequenceClassification
+    model: BertEncoder
     tokenizer: Tokenizer
     report: LoadReport
 
@@ -200,13 +201,13 @@ def load_checkpoint(
 ) -> Loaded:
     """Load a checkpoint or any Hugging Face folder of a known architecture, checking every file, key and shape.
 
-    `head` asks for a masked-LM or a classification model whatever the folder holds: what is fresh then is drawn from
-    `generator` and reported.
+    `head` asks for this head (or none) whatever the folder holds: what is fresh then is drawn from `generator` and
+    reported.
     """
     folder = find_checkpoint(folder, "best")
     verify(folder)
     config = read_json(folder / "config.json", "model configuration")
-    weights = read_tensors(folder / "model.safetensors")
+    weights = read_weights(folder)
     tokenizer = Tokenizer.load(folder)
     try:
         model, report = from_hf(
@@ -221,6 +222,31 @@ def load_checkpoint(
             f"{size:,}: these files do not belong together; use the vocab.txt that it was saved with"
         )
     return Loaded(folder, model, tokenizer, report)
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """The weights of a model folder: model.safetensors, or else the older pytorch_model.bin."""
+    old = folder / "pytorch_model.bin"
+    if (folder / "model.safetensors").exists() or not old.exists():
+        split = folder / "model.safetensors.index.json"
+        if not (folder / "model.safetensors").exists() and split.exists():
+            raise BertlingError(f"{split}: weights split over several files; save the model again as one file")
+        return read_tensors(folder / "model.safetensors")
+    with readable_errors(old), old.open("rb"):
+        pass
+    try:
+        # Only tensors and plain containers are built: whatever else the file asks for, it is refused and not run.
+        weights = torch.load(old, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, ValueError, TypeError, OSError) as error:
+        raise BertlingError(
+            f"{old}: damaged, or holds more than tensors, and was not read ({type(error).__name__}); "
+            "save the model again as model.safetensors"
+        ) from None
+    if not isinstance(weights, dict) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in weights.items()
+    ):
+        raise BertlingError(f"{old}: holds no table of tensors; save the model again as model.safetensors")
+    return dict(weights)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -31,7 +31,11 @@ from bertling.stock import (
     Head,
 )
 
-Model = BertForMaskedLM | BertForSequenceClassification
+BUILDERS: dict[Head, type[BertEncoder]] = {
+    "masked_lm": BertForMaskedLM,
+    "classification": BertForSequenceClassification,
+    "none": BertEncoder,
+}
 
 
 class LoadReport(NamedTuple):
@@ -49,14 +53,18 @@ def to_hf(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
     A compiled or DDP-wrapped model gives what the plain one does.
     """
     plain = unwrap(model)
-    head: Head = "masked_lm" if isinstance(plain, BertForMaskedLM) else "classification"
-    config, state = config_to_hf(plain.config, head), {}
+    config, state = config_to_hf(plain.config, head_of(plain)), {}
     for name, parameter in plain.named_parameters():
         keys = hf_keys(plain.config.architecture, name)
         rows = parameter[: plain.config.vocab_size] if name in VOCABULARY_MATRICES else parameter
         for key, part in zip(keys, rows.chunk(len(keys)), strict=True):
             state[key] = part.detach().to("cpu", torch.float32, copy=True).contiguous()
     return config, state
+
+
+def head_of(model: BertEncoder) -> Head:
+    """Which head stands on this encoder."""
+    return next(head for head, kind in BUILDERS.items() if isinstance(model, kind))
 
 
 def unwrap(model: nn.Module) -> BertEncoder:
@@ -77,7 +85,7 @@ def from_hf(
     id2label: Mapping[int, str] | None = None,
     dropout: float | None = None,
     generator: torch.Generator | None = None,
-) -> tuple[Model, LoadReport]:
+) -> tuple[BertEncoder, LoadReport]:
     """Build the model that config.json and a state dict describe; every key and shape is checked first.
 
     `head` asks for another head than the checkpoint's: the encoder's weights are taken, what is missing starts fresh
@@ -99,7 +107,7 @@ def from_hf(
         ours = replace(ours, **dropout_values(ours.architecture, dropout))
 
     with torch.device("meta"):  # no memory yet: what the configuration claims is compared with the tensors first
-        model: Model = (BertForMaskedLM if wanted == "masked_lm" else BertForSequenceClassification)(ours)
+        model = BUILDERS[wanted](ours)
     skip = () if keep_classifier else ("classifier.",)
     weights, report = match(model, tensors, skip=skip, may_be_fresh=wanted != stored)
     model.to_empty(device="cpu")
@@ -116,7 +124,7 @@ def from_hf(
 
 
 def match(
-    model: Model, tensors: dict[str, Tensor], *, skip: tuple[str, ...], may_be_fresh: bool
+    model: BertEncoder, tensors: dict[str, Tensor], *, skip: tuple[str, ...], may_be_fresh: bool
 ) -> tuple[dict[str, Tensor], LoadReport]:
     """Find the checkpoint's tensor for each of our parameters; refuse what is missing, left over or of another shape.
 

@@ -140,7 +140,8 @@ class Encoder(nn.Module):
         rotary = None
         if config.positions == "rotary":
             theta = config.local_rope_theta if local else config.rope_theta
-            rotary = rotary_angles(length, config.head_dim, theta, x.device)
+            exact = torch.promote_types(x.dtype, torch.float32)  # in bf16, far angles would be noise
+            rotary = rotary_angles(length, config.head_dim, theta, x.device, exact)
         return Sight(mask, rotary)
 
 
@@ -210,7 +211,7 @@ class MaskedOutput(NamedTuple):
     """What one batch says about masked words."""
 
     loss_sum: Tensor
-    """Cross-entropy in nats, summed over the labels that are not -100; fp32."""
+    """Cross-entropy in nats, summed over the labels that are not -100; in fp32 at least."""
     correct: Tensor
     """How many of them have the highest score."""
 
@@ -246,7 +247,8 @@ class BertForMaskedLM(BertEncoder):
         logits: Tensor = self.mlm_head(x)
         if labels is None:
             return logits[..., : self.config.vocab_size]
-        logits, labels = logits.flatten(0, -2).float(), labels.flatten()  # [M, V], [M]
+        logits, labels = logits.flatten(0, -2), labels.flatten()  # [M, V], [M]
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         loss_sum = F.cross_entropy(logits, labels, ignore_index=-100, reduction="sum")
         return MaskedOutput(loss_sum, (logits.detach().argmax(dim=-1) == labels).sum())
 
@@ -266,7 +268,7 @@ class BertForSequenceClassification(BertEncoder):
     ) -> Tensor:
         """[B, T] -> logits [B, L]."""
         batch, length = input_ids.shape
-        first = torch.arange(0, batch * length, length, device=input_ids.device)
+        first = torch.arange(batch, device=input_ids.device) * length
         x = self.encode(input_ids, attention_mask, token_type_ids, first)  # [B, D]
         logits: Tensor = self.classifier(self.dropout(self.pooler(x)))
         return logits

@@ -5,11 +5,15 @@ from typing import Any, Literal
 
 from bertling.presets import dropout_values
 
-Head = Literal["masked_lm", "classification"]
+Head = Literal["masked_lm", "classification", "none"]
 
 MODEL_TYPES = {"seed": "bertling-seed", "bert": "bert", "distilbert": "distilbert", "modern": "modernbert"}
 CLASSES = {"seed": "BertlingSeed", "bert": "Bert", "distilbert": "DistilBert", "modern": "ModernBert"}
-HEADS: dict[Head, str] = {"masked_lm": "ForMaskedLM", "classification": "ForSequenceClassification"}
+HEADS: dict[Head, str] = {
+    "masked_lm": "ForMaskedLM",
+    "classification": "ForSequenceClassification",
+    "none": "Model",
+}
 
 # Our field -> the key in config.json, where they differ. A key of two fields means that the stock class has one value.
 KEYS: dict[str, dict[str, str]] = {
