@@ -144,3 +144,63 @@ def test_static_masks() -> None:
     assert wider.labels[wider.labels != IGNORED].tolist() == [11, 12, 13]
     empty = static_masks(ids[1:2], labels[1:2])
     assert (empty.count, empty.labels.tolist()) == (0, [IGNORED])
+
+
+CONTINUES = torch.arange(VOCAB) >= 40
+"""Ids from 40 on go on with a word."""
+
+
+def draw_words(ids: Tensor, seed: int = 0, probability: float = 0.15) -> Masked:
+    return mask_tokens(
+        ids,
+        special_ids=SPECIAL,
+        mask_id=4,
+        vocab_size=VOCAB,
+        generator=torch.Generator().manual_seed(seed),
+        mlm_probability=probability,
+        continues=CONTINUES,
+    )
+
+
+def words_of(row: list[int]) -> list[list[int]]:
+    """The places of each word of a row, specials left out."""
+    words: list[list[int]] = []
+    for place, index in enumerate(row):
+        if index in SPECIAL:
+            words.append([])
+        elif CONTINUES[index] and words:
+            words[-1].append(place)
+        else:
+            words.append([place])
+    return [word for word in words if word]
+
+
+@pytest.mark.parametrize("probability", [0.15, 0.4, 1.0])
+def test_words_are_masked_whole_and_within_the_number(probability: float) -> None:
+    ids = rows(300, 64, seed=5)
+    ids[7, 20:] = 0
+    masked = draw_words(ids, probability=probability)
+    slots = slots_per_row(64, probability)
+    used = (masked.labels != IGNORED).view(300, slots)
+    chosen = torch.zeros(ids.numel(), dtype=torch.bool).index_fill(0, masked.positions[used.flatten()], True)
+    chosen = chosen.view_as(ids)
+    assert masked.count == int(used.sum()) == int(chosen.sum())
+    for row, places in zip(ids.tolist(), chosen, strict=True):
+        words = words_of(row)
+        assert all(len(set(places[word].tolist())) == 1 for word in words)
+        assert int(places.sum()) == sum(int(places[word[0]]) * len(word) for word in words)
+        wanted = max(1, round(probability * sum(map(len, words))))
+        assert int(places.sum()) <= wanted
+    assert used.float().mean() > 0.9 * min(1.0, (ids >= 5).float().mean() + 0.1)
+    assert torch.equal(masked.labels[used.flatten()], ids.flatten()[masked.positions[used.flatten()]])
+    assert torch.equal(masked.input_ids[~chosen], ids[~chosen])
+
+
+def test_every_word_is_as_likely() -> None:
+    ids = torch.tensor([[2, *[10, 41, 42, 11, 12, 43, 13, 14, 15, 16] * 3, 3]]).repeat(6000, 1)
+    masked = draw_words(ids, probability=0.2)
+    used = masked.labels != IGNORED
+    hits = torch.zeros(ids.numel()).index_fill(0, masked.positions[used], 1.0).view_as(ids).mean(0)[1:-1]
+    alone, of_three = hits[[3, 6, 7, 8, 9]].mean(), hits[[0, 1, 2]].mean()
+    assert alone == pytest.approx(0.19, abs=0.03)  # 0.2, less what the last word would have exceeded
+    assert of_three == pytest.approx(0.15, abs=0.04)  # long words are the ones left out

@@ -68,6 +68,7 @@ class MaskedBatches:
         seed: int,
         mlm_probability: float,
         tokenizer: Tokenizer,
+        whole_words: bool = False,
     ) -> None:
         if batch_size < 1:
             raise BertlingError(f"batch-size: must be at least 1, not {batch_size}")
@@ -75,6 +76,12 @@ class MaskedBatches:
         self._samples = list(samples)
         self._batch_size, self._seed, self._mlm_probability = batch_size, seed, mlm_probability
         self._tokenizer = tokenizer
+        if whole_words and self._samples[0].labels:
+            raise BertlingError(
+                f"whole-word-masking: the masks of {self._samples[0].path} are fixed; leave it out, or prepare "
+                "the text with --format shards"
+            )
+        self._continues = torch.tensor(tokenizer.continues) if whole_words else None
         self._slots = _slots(self._samples, mlm_probability)
         self._starts = list(accumulate((s.rows for s in self._samples), initial=0))
         self._orders: dict[int, Ids] = {}
@@ -141,7 +148,8 @@ class MaskedBatches:
         if parts[0][0].labels:
             labels = np.concatenate([samples.fetch_labels(indices) for samples, indices in parts])
             return static_masks(ids, torch.from_numpy(labels), slots=self._slots)
-        return _draw(ids, self._tokenizer, self._mlm_probability, _generator(self._seed, _TRAIN_MASKS, step))
+        generator = _generator(self._seed, _TRAIN_MASKS, step)
+        return _draw(ids, self._tokenizer, self._mlm_probability, generator, self._continues)
 
     def _locate(self, at: int) -> tuple[int, int]:
         """The epoch of the `at`-th row ever taken, and the row's place in it."""
@@ -230,7 +238,13 @@ def _generator(seed: int, *keys: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(state))
 
 
-def _draw(ids: Tensor, tokenizer: Tokenizer, mlm_probability: float, generator: torch.Generator) -> Masked:
+def _draw(
+    ids: Tensor,
+    tokenizer: Tokenizer,
+    mlm_probability: float,
+    generator: torch.Generator,
+    continues: Tensor | None = None,
+) -> Masked:
     return mask_tokens(
         ids,
         special_ids=tokenizer.special_ids,
@@ -238,6 +252,7 @@ def _draw(ids: Tensor, tokenizer: Tokenizer, mlm_probability: float, generator: 
         vocab_size=tokenizer.vocab_size,
         generator=generator,
         mlm_probability=mlm_probability,
+        continues=continues,
     )
 
 

@@ -49,10 +49,13 @@ def mask_tokens(
     vocab_size: int,
     generator: torch.Generator,
     mlm_probability: float = 0.15,
+    continues: Tensor | None = None,
 ) -> Masked:
     """Mask max(1, round(p * n)) of the n ordinary places of each row of input_ids [B, T] (none where n is 0).
 
     Of the chosen places 80 % become [MASK], 10 % a random ordinary id (never a special one), 10 % stay.
+    `continues`, bool [V], says which ids go on with a word ("##..."): then words are masked whole (as in the whole-word
+    models of BERT's authors, 2019), in random order as long as they fit into that number.
     """
     batch, seq_len = input_ids.shape
     slots = slots_per_row(seq_len, mlm_probability)
@@ -61,8 +64,11 @@ def mask_tokens(
     places = seq_len - special.sum(dim=1)
     wanted = (places.double() * mlm_probability).round().long().clamp(1, slots).minimum(places)
     scores = torch.rand(batch, seq_len, generator=generator)
-    columns = scores.masked_fill_(special, 2.0).topk(slots, dim=1, largest=False).indices
-    used = torch.arange(slots) < wanted[:, None]
+    if continues is None:
+        columns = scores.masked_fill_(special, 2.0).topk(slots, dim=1, largest=False).indices
+        used = torch.arange(slots) < wanted[:, None]
+    else:
+        columns, used = _whole_words(scores, ~continues[input_ids] | special, special, wanted, slots)
     positions = columns + torch.arange(0, batch * seq_len, seq_len)[:, None]
     original = input_ids.reshape(-1)[positions]
     draw = torch.rand(batch, slots, generator=generator)
@@ -75,8 +81,22 @@ def mask_tokens(
         input_ids=corrupted,
         positions=positions.masked_fill(~used, 0).reshape(-1),
         labels=original.masked_fill(~used, IGNORED).reshape(-1),
-        count=int(wanted.sum()),
+        count=int(used.sum()),
     )
+
+
+def _whole_words(scores: Tensor, starts: Tensor, special: Tensor, wanted: Tensor, slots: int) -> tuple[Tensor, Tensor]:
+    """Columns [B, S], whole words in the order of one random score each, and which of them are used [B, S].
+
+    The word that would exceed the number wanted [B] is left out, and with it all behind it.
+    """
+    word = starts.cumsum(dim=1) - starts[:, :1].long()  # [B, T]: 0, 1, 2 ... along each row
+    scores = scores.gather(1, word).masked_fill_(special, 2.0)  # one score a word: its first draw
+    order = scores.sort(dim=1, stable=True).indices  # the tokens of a word stay side by side
+    behind = word.gather(1, order).gather(1, wanted[:, None].clamp(max=word.shape[1] - 1))  # the first word not taken
+    columns = order[:, :slots]
+    fits = torch.arange(slots) < wanted[:, None]
+    return columns, fits & (word.gather(1, columns) != behind)
 
 
 def static_masks(input_ids: Tensor, labels: Tensor, *, slots: int | None = None) -> Masked:

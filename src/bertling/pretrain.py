@@ -52,6 +52,7 @@ def pretrain(start: Start, say: Say) -> Outcome:
             batch_size=settings.batch_size,
             seed=settings.seed,
             mlm_probability=settings.mlm_probability,
+            whole_words=settings.whole_word_masking,
         )
         settings = as_trained(start, model.config, task.train.seq_len)
         say(settings_line(settings, "pretrain"))
@@ -73,9 +74,15 @@ def as_trained(start: Start, config: ModelConfig, seq_len: int) -> Settings:
         d_model=config.hidden_size,
         n_layers=config.num_hidden_layers,
         heads=config.num_attention_heads,
+        local_attention=window_of(config),
         dropout=config.hidden_dropout_prob,
         seq_len=seq_len,
     )
+
+
+def window_of(config: ModelConfig) -> int | None:
+    """The setting local-attention of a model; None where all its blocks see the whole row."""
+    return config.local_attention if config.global_attn_every_n_layers > 1 else None
 
 
 def load_start(start: Start, say: Say) -> tuple[BertForMaskedLM | None, MaskedLMData]:
@@ -123,11 +130,12 @@ def check_architecture(model: BertEncoder, settings: Settings, explicit: frozens
         "d_model": config.hidden_size,
         "n_layers": config.num_hidden_layers,
         "heads": config.num_attention_heads,
+        "local_attention": window_of(config),
     }
     for name, value in has.items():
         if name in explicit and getattr(settings, name) != value:
             raise BertlingError(
-                f"{key_of(name)} = {getattr(settings, name)}: the checkpoint has {value}, and a checkpoint's "
+                f"{key_of(name)} = {getattr(settings, name)}: the checkpoint has {value or 'none'}, and a checkpoint's "
                 f"architecture wins; leave {key_of(name)} out"
             )
     if "size" in explicit and settings.size is not None:
@@ -203,6 +211,7 @@ def sized_config(
         hidden_size=settings.d_model,
         num_hidden_layers=settings.n_layers,
         num_attention_heads=settings.heads,
+        local_attention=settings.local_attention,
         dropout=settings.dropout,
         labels=labels,
     )
@@ -225,7 +234,9 @@ def introduce(
         say(f"note: {note}")
     say(
         f"model: {config.architecture}, {config.num_hidden_layers} x {config.hidden_size}, "
-        f"{config.num_attention_heads} heads, {count.total:,} parameters ({count.without_embeddings:,} without "
+        f"{config.num_attention_heads} heads"
+        + (f", windows of {config.local_attention} tokens" if window_of(config) else "")
+        + f", {count.total:,} parameters ({count.without_embeddings:,} without "
         "embeddings)"
     )
     names = ", ".join(samples.path.name for samples in data.train)

@@ -67,6 +67,12 @@ class Settings:
     d_model: int | None = setting(None, "width of the model (hidden size); wins over size", minimum=1, maximum=65536)
     n_layers: int | None = setting(None, "number of layers; wins over size", minimum=1, maximum=1024)
     heads: int | None = setting(None, "number of attention heads; wins over size", minimum=1, maximum=4096)
+    local_attention: int | None = setting(
+        None,
+        "modern: two blocks in three see so many tokens only, half of them to either side; unset: all see all",
+        minimum=1,
+        maximum=2**18,
+    )
     dropout: float = setting(0.0, "dropout everywhere in the model", finetune=0.1, minimum=0, maximum=0.99)
 
     # data
@@ -84,6 +90,7 @@ class Settings:
     mlm_probability: float = setting(
         0.15, "share of the tokens that are masked in training", above=0, maximum=0.9, only="pretrain"
     )
+    whole_word_masking: bool = setting(False, "mask all pieces of a word together", only="pretrain")
     train_input: Path | None = setting(
         None,
         "labelled training texts (.tsv .csv .jsonl .parquet); unset: the SST-2 parquet files in <base-dir>/datasets",
@@ -256,6 +263,7 @@ def field_of(key: str, where: str) -> dataclasses.Field[Any]:
 
 
 TYPES = typing.get_type_hints(Settings)
+BOOLEANS = dict.fromkeys(("true", "yes", "on", "1"), True) | dict.fromkeys(("false", "no", "off", "0"), False)
 
 
 def accepted(item: dataclasses.Field[Any]) -> tuple[type, tuple[str, ...]]:
@@ -283,16 +291,7 @@ def parse_value(item: dataclasses.Field[Any], text: str, where: str) -> Any:
             )
         return text.lower()
     if kind is bool:
-        value = {
-            "true": True,
-            "yes": True,
-            "on": True,
-            "1": True,
-            "false": False,
-            "no": False,
-            "off": False,
-            "0": False,
-        }.get(text.lower())
+        value = BOOLEANS.get(text.lower())
         if value is None:
             raise BertlingError(f"{name}: must be true or false")
         return value

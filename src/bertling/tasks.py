@@ -72,9 +72,15 @@ class MaskedLMTask:
         batch_size: int,
         seed: int,
         mlm_probability: float,
+        whole_words: bool = False,
     ) -> None:
         self.train = MaskedBatches(
-            train, batch_size=batch_size, seed=seed, mlm_probability=mlm_probability, tokenizer=tokenizer
+            train,
+            batch_size=batch_size,
+            seed=seed,
+            mlm_probability=mlm_probability,
+            tokenizer=tokenizer,
+            whole_words=whole_words,
         )
         batches.check_samples([val], tokenizer)
         self.val, self.tokenizer = val, tokenizer

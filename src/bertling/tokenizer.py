@@ -76,6 +76,11 @@ class Tokenizer:
         """Number of entries, special tokens included."""
         return len(self.entries)
 
+    @cached_property
+    def continues(self) -> list[bool]:
+        """Whether each entry goes on with a word that an entry before it began."""
+        return [entry.startswith(_PREFIX) and entry != _PREFIX for entry in self.entries]
+
     @property
     def id_type(self) -> np.dtype[np.unsignedinteger[Any]]:
         """What ids are stored as: little-endian uint16, or uint32 for 65,536 entries or more."""
@@ -94,6 +99,11 @@ class Tokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` for many texts at once."""
         return [encoding.ids for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids of a text, and for each the range of characters of the text that it stands for."""
+        encoding = self._backend.encode(text, add_special_tokens=False)
+        return encoding.ids, encoding.offsets
 
     def token(self, index: int) -> str:
         """The entry of an id."""
