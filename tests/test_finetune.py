@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -132,6 +133,25 @@ def test_seeds_go_on_where_they_were_stopped(world: World, tmp_path: Path, monke
     assert resumed["accuracy"] == whole["accuracy"]
     for key in ("loss", "confusion", "best_step", "finished", "step"):
         assert [one[key] for one in resumed["seeds"]] == [one[key] for one in whole["seeds"]], key
+
+
+@pytest.mark.parametrize("next_begun", [False, True])
+def test_seeds_go_on_where_they_were_killed_in_between(world: World, tmp_path: Path, next_begun: bool) -> None:
+    inputs = ["--train-input", world.train, "--val-input", world.dev, "--cp", world.mlm]
+    words = [*inputs, "--seeds", 3, "--seed", 5, "--run-id", "mine"]
+    whole = finetune(world, tmp_path, *words, steps=6).answer
+    runs = tmp_path / "runs"
+    shutil.rmtree(runs / "mine-seed7")
+    shutil.rmtree(runs / "mine-seed6" / "checkpoints")
+    if next_begun:
+        (runs / "mine-seed6" / "checkpoints").mkdir()
+    else:
+        shutil.rmtree(runs / "mine-seed6")
+    resumed = bertling("finetune", "--resume", "--base-dir", tmp_path, "--json").answer
+    for key in ("seed", "loss", "confusion", "best_step", "finished", "step"):
+        assert [one[key] for one in resumed["seeds"]] == [one[key] for one in whole["seeds"]], key
+    assert resumed["accuracy"] == whole["accuracy"]
+    assert "holds no unfinished run" in bertling("finetune", "--resume", "--base-dir", tmp_path).error
 
 
 def test_a_collapsed_seed_is_counted() -> None:

@@ -72,6 +72,10 @@ def test_runs_are_numbered_or_named(work: Path) -> None:
     assert [start().name, start(run_id="mine").name, start().name] == ["run8", "mine", "run9"]
     assert read_ini(work / "runs" / "mine" / "config.ini")["run_id"] == "mine"
     assert about(work / "runs" / "run8") == {"task": "mlm", "finished": False}
+    (work / "runs" / "mine" / "logs").mkdir()
+    assert start(run_id="mine") == work / "runs" / "mine"  # killed before its first checkpoint: nothing is lost
+    assert not (work / "runs" / "mine" / "logs").exists()
+    (work / "runs" / "mine" / "checkpoints" / "step-0000000").mkdir()
     with pytest.raises(BertlingError, match="mine: exists already; go on with it by --cp, or choose another run-id"):
         start(run_id="mine")
 

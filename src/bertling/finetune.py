@@ -25,7 +25,7 @@ from bertling.labelled import (
 )
 from bertling.model import BertForSequenceClassification, count_parameters
 from bertling.pretrain import as_trained, check_architecture, find_vocabulary, say_loaded, sized_config
-from bertling.runs import Start, open_shared_run
+from bertling.runs import SEEDS_PLAN, Start, open_shared_run
 from bertling.runtime import Runtime, build_runtime
 from bertling.settings import Settings, settings_line
 from bertling.tasks import ClassificationTask, classification_floors, evaluate_classifier
@@ -33,7 +33,6 @@ from bertling.tokenizer import Tokenizer
 from bertling.train import Outcome, Trainer
 
 Say = Callable[[str], None]
-PLAN = "seeds.json"
 COLLAPSED = 0.01
 """A seed that ends within this of the majority floor has learned nothing."""
 
@@ -164,15 +163,17 @@ def check_origin(start: Start, from_scratch: bool) -> None:
 def plan_of(start: Start) -> SeedPlan:
     """The seeds that are asked for, or those that the run to go on in was begun with."""
     settings = start.settings
-    if start.run is None or not (start.run / PLAN).exists():
+    if start.run is None or not (start.run / SEEDS_PLAN).exists():
         checkpoint = None if start.checkpoint is None else str(start.checkpoint.absolute())
         done = () if start.run is None else (start.run.name,)
         return SeedPlan(settings.seed, settings.seeds, settings.run_id, checkpoint, done)
-    value = read_json(start.run / PLAN, "plan of seeds")
+    value = read_json(start.run / SEEDS_PLAN, "plan of seeds")
     try:
         return SeedPlan(**value | {"runs": tuple(value["runs"])})
     except (KeyError, TypeError) as error:
-        raise BertlingError(f"{start.run / PLAN}: is not a plan of seeds; delete it to go on with this one") from error
+        raise BertlingError(
+            f"{start.run / SEEDS_PLAN}: is not a plan of seeds; delete it to go on with this one"
+        ) from error
 
 
 def saved_result(run: Path) -> SeedResult:
@@ -231,7 +232,7 @@ def train_seed(
     with open_shared_run(replace(start, settings=settings), ranks) as run:
         say(f"run folder: {run}")
         if ranks.first and plan.seeds > 1:
-            write_json(run / PLAN, vars(replace(plan, runs=(*plan.runs, run.name))))
+            write_json(run / SEEDS_PLAN, vars(replace(plan, runs=(*plan.runs, run.name))))
         outcome = Trainer(task, model, tokenizer, settings, runtime, ranks, run, state=start.state).train()
     scores = evaluate_classifier(model, dev, task.dev_batches, runtime)
     return SeedResult(settings.seed, outcome, scores)

@@ -1,6 +1,7 @@
 """Run folders: a new one, the one to resume, and what a checkpoint given with --cp means."""
 
 import os
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -22,9 +23,12 @@ from bertling.files import BertlingError, atomic_write, locked, read_json, reada
 from bertling.settings import COMMANDS, Settings, key_of, read_ini, resolve
 
 # What a run is: a resumed one keeps it.
+SEEDS_PLAN = "seeds.json"
+"""In a run that is one seed of several: which seeds there are to be, and the runs that are done."""
 FIXED = (
-    "preset size d_model n_layers heads dropout seq_len batch_size mlm_probability optimizer seed dataset_pattern "
-    "val_dataset_pattern train_input val_input text_column label_column schedule dtype seeds"
+    "preset size d_model n_layers heads local_attention dropout seq_len batch_size mlm_probability optimizer seed "
+    "whole_word_masking dataset_pattern val_dataset_pattern train_input val_input text_column label_column schedule "
+    "dtype seeds"
 ).split()
 
 BUSY = (
@@ -86,10 +90,23 @@ def resolve_start(
                 f"{getattr(before, name)} and keeps it; leave it out, or start a new run from its "
                 "weights with a new --run-id"
             )
-    if read_json(run / "run.json", "run description").get("finished"):
+    if read_json(run / "run.json", "run description").get("finished") and not seeds_left(run):
         check_longer(run, settings, flags, state)
     # The run's file holds defaults too: explicit is what was given now.
     return Start(settings, frozenset(flags), run, checkpoint, state, tuple(notes))
+
+
+def seeds_left(run: Path) -> bool:
+    """Whether a finished run is one seed of several, was the last to be done, and others were to follow."""
+    if not (run / SEEDS_PLAN).exists():
+        return False
+    try:
+        plans = {path.parent: read_json(path, "plan of seeds") for path in run.parent.glob(f"*/{SEEDS_PLAN}")}
+        runs, seeds = plans[run]["runs"], plans[run]["seeds"]
+        later = [plan["runs"] for path, plan in plans.items() if not never_began(path)]
+        return bool(seeds > len(runs)) and not any(names[: len(runs)] == runs != names for names in later)
+    except (KeyError, TypeError):
+        return False
 
 
 def run_meant(cp: Path) -> Path | None:
@@ -162,6 +179,8 @@ def open_run(start: Start) -> Iterator[Path]:
             raise BertlingError(BUSY.format(folder)) from None
         for place in (folder, folder / "checkpoints", folder / "logs"):
             sweep(place)
+        if start.run is None:
+            shutil.rmtree(folder / "logs", ignore_errors=True)  # of one that never began
         atomic_write(folder / "config.ini", start.settings.to_ini())
         write_json(folder / "run.json", {"task": start.settings.task_type, "finished": False})
         yield folder
@@ -188,13 +207,20 @@ def new_folder(settings: Settings) -> Path:
                 folder.mkdir()
                 break
             except FileExistsError:
+                if run_id is not None and never_began(folder):
+                    break
                 if run_id is not None:
                     raise BertlingError(
                         f"{folder}: exists already; go on with it by --cp, or choose another run-id"
                     ) from None
                 number += 1
-        (folder / "checkpoints").mkdir()
+        (folder / "checkpoints").mkdir(exist_ok=True)
     return folder
+
+
+def never_began(run: Path) -> bool:
+    """Whether a run was killed before its first checkpoint, so that nothing is in it to go on with."""
+    return (run / "checkpoints").is_dir() and not step_folders(run / "checkpoints")
 
 
 def unfinished_run(base_dir: Path, tasks: set[str]) -> Path:
@@ -208,7 +234,7 @@ def unfinished_run(base_dir: Path, tasks: set[str]) -> Path:
     for run in sorted(newest, key=newest.__getitem__, reverse=True):
         with suppress(BertlingError):  # a folder that is no run of ours, or was damaged: the next one may be
             about = read_json(run / "run.json", "run description")
-            if about.get("task") in tasks and not about.get("finished"):
+            if about.get("task") in tasks and (not about.get("finished") or seeds_left(run)):
                 if not is_first() or not in_progress(run):
                     return run
                 busy = busy or run
