@@ -2,15 +2,19 @@
 
 import gzip
 import io
+import json
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
+from commands import bertling
 
 from bertling.checkpoint import write_model
 from bertling.files import BertlingError
-from bertling.inference import MAX_LINE_BYTES, Bertling, Classifier, FillMask, iter_texts, load
+from bertling.inference import MAX_LINE_BYTES, Bertling, Classifier, Embedder, FillMask, Pooling, iter_texts, load
 from bertling.model import BertForMaskedLM, BertForSequenceClassification, ModelConfig
 from bertling.presets import preset_config
 from bertling.runtime import Runtime
@@ -245,3 +249,71 @@ def test_load_reads_what_a_checkpoint_holds(tmp_path: Path) -> None:
     assert [a["score"] for a in loaded.classify(texts)] == pytest.approx([a["score"] for a in expected], abs=1e-5)
     with pytest.raises(BertlingError, match="no such folder"):
         load(tmp_path / "none")
+
+
+def by_hand(model: BertForMaskedLM, ids: list[int], pooling: str) -> torch.Tensor:
+    """One text alone, without padding, as sentence-transformers pools: the mean over its tokens, or the first."""
+    with torch.inference_mode():
+        hidden = model.encode(torch.tensor([ids]))[0]
+    return hidden.mean(dim=0) if pooling == "mean" else hidden[0]
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+@pytest.mark.parametrize("preset", ["bert", "modern", "seed", "distilbert"])
+def test_vectors_are_those_of_each_text_alone(preset: str, pooling: Pooling) -> None:
+    model, texts = make_model(BertForMaskedLM, preset), make_texts(50)
+    embedder = Embedder(model, TOKENIZER)
+    plain, unit = (embedder.embed(texts, pooling, normalize=normalize) for normalize in (False, True))
+    assert plain.shape == (50, 32)
+    for text, vector, short in zip(texts, plain, unit, strict=True):
+        ids = [TOKENIZER.cls_id, *TOKENIZER.encode(text)[: LIMIT - 2], TOKENIZER.sep_id]
+        expected = by_hand(model, ids, pooling)
+        assert torch.allclose(torch.from_numpy(vector), expected, rtol=1e-4, atol=1e-5)
+        assert torch.allclose(torch.from_numpy(short), expected / expected.norm(), rtol=1e-4, atol=1e-5)
+    assert embedder.embed("word1").shape == (1, 32)
+    assert embedder.embed([]).shape == (0, 32)
+
+
+def test_any_head_embeds_and_an_unknown_pooling_is_refused() -> None:
+    model = Bertling(make_model(BertForSequenceClassification), TOKENIZER)
+    assert model.embed(["word1", "word2"]).shape == (2, 32)
+    with pytest.raises(BertlingError, match="pooling = 'max': must be cls or mean"):
+        model.embed("word1", "max")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("ending", [".npy", ".parquet", ".jsonl"])
+def test_embed_writes_what_the_model_says(ending: str, tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    write_model(tmp_path / "model", make_model(BertForMaskedLM), TOKENIZER)
+    texts = make_texts(1500)
+    (tmp_path / "texts.txt").write_text("".join(text + "\n" for text in texts))
+    out = tmp_path / f"vectors{ending}"
+    words = ["embed", "--cp", tmp_path / "model", "--input", tmp_path / "texts.txt", "-o", out, "--device", "cpu"]
+    assert bertling(*words, "--json").answer["texts"] == 1500
+    if ending == ".npy":
+        vectors = np.load(out)
+        assert vectors.dtype == np.float32
+    elif ending == ".parquet":
+        table = pq.read_table(out)
+        assert table["text"].to_pylist() == texts
+        vectors = np.array(table["vector"].to_pylist())
+    else:
+        rows = [json.loads(line) for line in out.read_text().splitlines()]
+        assert [row["text"] for row in rows] == texts
+        vectors = np.array([row["vector"] for row in rows])
+    np.testing.assert_allclose(vectors, load(tmp_path / "model").embed(texts), atol=1e-5)
+    assert "--force" in bertling(*words).error
+    assert [path.name for path in tmp_path.glob(".vectors*")] == []
+
+
+def test_embed_answers_in_json_lines(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    write_model(tmp_path / "model", make_model(BertForMaskedLM), TOKENIZER)
+    ended = bertling("embed", "--cp", tmp_path / "model", "--pooling", "cls", "word1", "word2 word3")
+    rows = [json.loads(line) for line in ended.out.splitlines()]
+    assert [row["text"] for row in rows] == ["word1", "word2 word3"]
+    assert all(len(row["vector"]) == 32 for row in rows)
+    assert (
+        "must end in one of .npy, .parquet, .jsonl"
+        in bertling("embed", "--cp", tmp_path / "model", "word1", "-o", tmp_path / "vectors.csv").error
+    )

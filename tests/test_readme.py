@@ -23,6 +23,8 @@ REDUCED = {
     "evaluate": [],
     "fill": [],
     "classify": [],
+    "embed": [],
+    "export": [],
 }
 
 
@@ -53,6 +55,8 @@ def test_every_command_of_the_readme_runs(answers: dict[str, str]) -> None:
     assert "accuracy" in answers["evaluate"]
     assert "[MASK]:" in answers["fill"]
     assert answers["classify"].split("\t")[0] in {"0", "1"}
+    assert "1 vectors of 32" in answers["embed"]
+    assert "stock class: within" in answers["export"]
     assert answers["load"]
 
 

@@ -9,21 +9,20 @@ from typing import Any
 
 import click
 
+from bertling.cli_use import USE_COMMANDS
 from bertling.console import answer, explain, forget_output, is_first, is_rank, say
 from bertling.options import (
     PATH,
     GroupedCommand,
-    ask_options,
     device_option,
     force_option,
     input_options,
     json_option,
-    model_option,
     prepare_options,
     start_options,
     training_options,
 )
-from bertling.settings import Settings, default_files, read_settings
+from bertling.settings import Settings, default_files, parse_settings, read_settings
 
 STOPPED = 3
 """Exit status of a training that was asked to stop, and saved."""
@@ -238,28 +237,6 @@ def finish(runs: Iterable[Path]) -> None:
             say(f"plot: {path}")
 
 
-@cli.command()
-@model_option(required=True)
-@click.option(
-    "--data",
-    type=PATH,
-    required=True,
-    help="prepared data set (masked language model) or labelled file (classifier)",
-)
-@click.option("--text-column", help="column of the texts  [default: recognised by its name]")
-@click.option("--label-column", help="column of the labels  [default: recognised by its name]")
-@device_option
-@json_option
-def evaluate(
-    cp: Path, data: Path, text_column: str | None, label_column: str | None, device: str, as_json: bool
-) -> None:
-    """Score a checkpoint on a whole data set."""
-    from bertling.tools.evaluate import evaluate as run_evaluate
-
-    result = run_evaluate(cp, data, text_column=text_column, label_column=label_column, device=device)
-    answer(result.to_dict(), result.text(), as_json)
-
-
 @cli.command("verify-resume")
 @click.option("-c", "--config", "configs", type=PATH, multiple=True, help="settings file of the training to verify")
 @click.option("--cp", type=PATH, help="the checkpoint that a fine-tuning starts from")
@@ -293,65 +270,49 @@ def verify_resume(
         sys.exit(1)
 
 
-def open_model(cp: Path, device: str) -> Any:
-    """The model to ask."""
-    from bertling.inference import load
-    from bertling.runtime import build_runtime
-    from bertling.settings import parse_settings
-
-    return load(cp, build_runtime(parse_settings({"device": device, "dtype": "fp32"})))
-
-
 @cli.command()
-@ask_options
-@json_option
-@click.option("-k", "--top-k", type=click.IntRange(1, 1000), default=5, show_default=True, help="answers a mask")
-def fill(texts: tuple[str, ...], input_file: Path | None, cp: Path, device: str, as_json: bool, top_k: int) -> None:
-    """Say what may stand at [MASK] in a text."""
-    from bertling.inference import iter_texts
-
-    model = open_model(cp, device)
-    for chunk in iter_texts(texts, input_file):
-        for one in model.fill(chunk, top_k=top_k):
-            ranked = [", ".join(f"{token} {share:.1%}" for token, share in mask) for mask in one["masks"]]
-            answer(one, "\n".join([one["text"], *(f"  [MASK]: {row}" for row in ranked)]), as_json)
-            note_truncated(one, "only a part around its masks was read", as_json)
-
-
-@cli.command()
-@ask_options
-@json_option
-def classify(texts: tuple[str, ...], input_file: Path | None, cp: Path, device: str, as_json: bool) -> None:
-    """Say which class a text belongs to."""
-    from bertling.inference import iter_texts
-
-    model = open_model(cp, device)
-    for chunk in iter_texts(texts, input_file):
-        for one in model.classify(chunk):
-            answer(one, f"{one['label']}\t{one['score']:.3f}\t{one['text']}", as_json)
-            note_truncated(one, "only its beginning was read", as_json)
-
-
-def note_truncated(one: Any, what: str, as_json: bool) -> None:
-    """Say that a text was too long for the model; JSON has a field for it."""
-    from bertling.tables import shorten
-
-    if one["truncated"] and not as_json:
-        say(f"note: text {shorten(one['text'])}: longer than the model reads; {what}")
-
-
-@cli.command()
-@model_option(required=False)
-@click.option("--preset", default="modern", show_default=True, help="modern, bert, distilbert or seed")
+@click.option("--preset", help="modern, bert, distilbert or seed  [default: the workloads of docs/results.md]")
 @click.option("--size", default="mini", show_default=True, help="mini, small or base")
-@click.option("--vocab-size", type=click.IntRange(8), default=8192, show_default=True)
+@click.option("--vocab-size", type=click.IntRange(64, 200_000), default=8192, show_default=True)
+@click.option("--batch-size", type=click.IntRange(1), default=64, show_default=True)
+@click.option("--micro-batch-size", type=click.IntRange(1), help="rows per forward pass  [default: all]")
+@click.option("--seq-len", type=click.IntRange(8, 8192), default=128, show_default=True)
+@click.option("--against", type=click.Choice(["hf"]), help="the stock class too, at its defaults and at its best")
+@click.option("--rounds", type=click.IntRange(1, 100), default=5, show_default=True, help="turns of each")
+@click.option("--dtype", default="auto", show_default=True, help="ours: auto, bf16, fp16 or fp32")
+@click.option("--compile", "compiled", default="auto", show_default=True, help="ours: auto, true or false")
+@device_option
 @json_option
-def summary(cp: Path | None, preset: str, size: str, vocab_size: int, as_json: bool) -> None:
-    """Draw the anatomy of a model: every module, its shape, its parameters."""
-    from bertling.tools.anatomy import anatomy
+def bench(
+    preset: str | None,
+    size: str,
+    vocab_size: int,
+    batch_size: int,
+    micro_batch_size: int | None,
+    seq_len: int,
+    against: str | None,
+    rounds: int,
+    dtype: str,
+    compiled: str,
+    device: str,
+    as_json: bool,
+) -> None:
+    """Measure pre-training steps, by themselves or against the stock class of transformers."""
+    from bertling.tools.bench import WORKLOADS, sized_workload
+    from bertling.tools.bench import bench as run_bench
 
-    result = anatomy(cp, preset, size, vocab_size)
-    answer(result.to_dict(), result.text(), as_json)
+    workloads = WORKLOADS
+    if preset is not None:
+        workloads = (sized_workload(preset, size, vocab_size, batch_size, seq_len, micro_batch_size),)
+    settings = vars(parse_settings({"device": device, "dtype": dtype, "compile": compiled}))
+    given = {name: settings[name] for name in ("device", "dtype", "compile")}
+    for workload in workloads:
+        report = run_bench(workload, against=against is not None, rounds=rounds, settings=given, say=say)
+        answer(report.to_dict(), report.text(), as_json)
+
+
+for command in USE_COMMANDS:
+    cli.add_command(command)
 
 
 def main() -> None:

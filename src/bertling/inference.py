@@ -1,15 +1,16 @@
-"""Text in, answers out: words behind masks, and classes, computed in batches of similar length.
+"""Text in, answers out: words behind masks, classes, and vectors, computed in batches of similar length.
 
-Shapes: B texts, T tokens, M masked places, V vocabulary, L classes.
+Shapes: B texts, T tokens, D hidden, M masked places, V vocabulary, L classes.
 """
 
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, TypedDict
+from typing import IO, Literal, TypedDict
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bertling.files import BertlingError
 from bertling.labelled import pad_rows
@@ -17,6 +18,9 @@ from bertling.model import BertEncoder, BertForMaskedLM, BertForSequenceClassifi
 from bertling.runtime import Runtime, choose_device
 from bertling.tables import check_text, decode_utf8, open_bytes, shorten
 from bertling.tokenizer import Tokenizer
+from bertling.vectors import Vectors
+
+Pooling = Literal["cls", "mean"]
 
 BATCH_SIZE = 32
 CHUNK_LINES = 1024
@@ -148,11 +152,49 @@ class Classifier(_Reader):
         return [answers[place] for place in range(len(texts))]
 
 
+class Embedder(_Reader):
+    """Turns a text into one vector."""
+
+    def __init__(self, model: BertEncoder, tokenizer: Tokenizer, runtime: Runtime | None = None) -> None:
+        """Move the model to the runtime's device; without a runtime it stays where it is and computes in fp32."""
+        super().__init__(model, model.config, tokenizer, runtime)
+        self.encoder = model
+
+    def embed(self, texts: str | Iterable[str], pooling: Pooling = "mean", *, normalize: bool = True) -> Vectors:
+        """Vectors [B, D]: the last hidden state of [CLS], or the mean over all tokens ([CLS] and [SEP] too).
+
+        The mean is that of Sentence-BERT (Reimers & Gurevych 2019, section 3). Normalized, vectors have length 1, so
+        that dot products are cosines. A text longer than the model reads is cut.
+        """
+        if pooling not in ("cls", "mean"):
+            raise BertlingError(f"pooling = {pooling!r}: must be cls or mean")
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        vectors = np.zeros((len(texts), self.encoder.config.hidden_size), dtype=np.float32)
+        for places, input_ids, attention_mask in self.batches([ids[: self.limit] for ids in self.encode(texts)]):
+            with torch.inference_mode(), self.runtime.autocast():
+                hidden = self.encoder.encode(input_ids, attention_mask).float()  # [B, T, D]
+            vectors[places] = pool(hidden, attention_mask, pooling, normalize=normalize).cpu().numpy()
+        return vectors
+
+
+def pool(hidden: Tensor, attention_mask: Tensor | None, pooling: Pooling, *, normalize: bool) -> Tensor:
+    """[B, T, D] -> [B, D], padding left out."""
+    if pooling == "cls":
+        vectors = hidden[:, 0]
+    elif attention_mask is None:
+        vectors = hidden.mean(dim=1)
+    else:
+        weights = attention_mask[..., None].to(hidden.dtype)  # [B, T, 1]
+        vectors = (hidden * weights).sum(dim=1) / weights.sum(dim=1)
+    return nn.functional.normalize(vectors, dim=-1) if normalize else vectors
+
+
 class Bertling:
     """A trained model with its tokenizer; `load` makes one from a folder."""
 
     def __init__(self, model: BertEncoder, tokenizer: Tokenizer, runtime: Runtime | None = None) -> None:
         self.model, self.tokenizer = model, tokenizer
+        self._embedder = Embedder(model, tokenizer, runtime)
         self._fill_mask = self._classifier = None
         if isinstance(model, BertForMaskedLM):
             self._fill_mask = FillMask(model, tokenizer, runtime)
@@ -175,6 +217,10 @@ class Bertling:
         if self._classifier is None:
             raise BertlingError("classify: this model has no classification head; fine-tune it, or load one that was")
         return self._classifier.classify(texts)
+
+    def embed(self, texts: str | Iterable[str], pooling: Pooling = "mean", *, normalize: bool = True) -> Vectors:
+        """One vector per text, [B, D], see `Embedder.embed`."""
+        return self._embedder.embed(texts, pooling, normalize=normalize)
 
 
 def load(folder: str | Path, runtime: Runtime | None = None) -> Bertling:

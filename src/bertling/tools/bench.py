@@ -1,0 +1,246 @@
+"""How fast a training step is: time by phase, FLOPs, share of the machine's peak, and ratios against the stock class.
+
+Each contestant lives in a process of its own and keeps still while another one runs; they take turns, round by round.
+"""
+
+import contextlib
+import multiprocessing
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bertling.files import BertlingError
+from bertling.model import ModelConfig
+from bertling.presets import preset_config
+from bertling.runtime import build_runtime
+from bertling.settings import Settings
+from bertling.tools.contestants import CONTESTANTS, PHASES, Ours, Stock, Workload, peak_memory, wait
+
+Say = Callable[[str], None]
+STEPS, WARM_UP = 3, 2
+"""Steps in a turn, and those before the first that are not counted; compiling falls into them."""
+WORKLOADS: tuple[Workload, ...] = (
+    Workload("bert", 6, 768, 12, 30_522, 16, 128),
+    Workload("bert", 4, 256, 4, 8192, 64, 128, micro_batch_size=16),
+    Workload("modern", 4, 256, 4, 8192, 48, 128, micro_batch_size=16, local_attention=16),
+)
+"""What `bertling bench` measures when nothing is said."""
+
+
+def sized_workload(
+    preset: str, size: str, vocab_size: int, batch_size: int, seq_len: int, micro_batch_size: int | None
+) -> Workload:
+    """A workload by the names of preset and size."""
+    config = preset_config(preset, size, vocab_size, max_position_embeddings=seq_len, pad_token_id=0)
+    shape = (config.num_hidden_layers, config.hidden_size, config.num_attention_heads)
+    return Workload(preset, *shape, vocab_size, batch_size, seq_len, micro_batch_size)
+
+
+def flops(config: ModelConfig, rows: int, length: int, masked: int) -> float:
+    """Floating-point operations of one step's matrix products, forward and backward (three times forward).
+
+    Counted from shapes, two per multiply-add, and only what has to be computed: the last block works on the masked
+    places alone behind its attention, and only these meet the vocabulary.
+    """
+    width, inner, tokens = config.hidden_size, config.intermediate_size, rows * length
+    mixing = 2 * 2 * tokens * length * width  # q k^T and the weighted sum of v
+    behind = 2 * width * width + 2 * (3 if config.glu else 2) * width * inner  # a token's out_proj and MLP
+    blocks = config.num_hidden_layers * (2 * 3 * width * width * tokens + mixing)
+    blocks += behind * ((config.num_hidden_layers - 1) * tokens + masked)
+    head = masked * 2 * width * (config.vocab_size + (width if config.mlm_dense else 0))
+    return 3.0 * (blocks + head)
+
+
+def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
+    """The most FLOP/s that this machine shows on a large square product."""
+    size = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(12):
+        wait(device)
+        started = time.perf_counter()
+        a @ b
+        wait(device)
+        best = min(best, time.perf_counter() - started)
+    return 2 * size**3 / best
+
+
+def work(kind: str, workload: Workload, given: dict[str, Any], pipe: Connection) -> None:
+    """A contestant's process: on each word from the pipe run a turn of steps, and tell how it went."""
+    try:
+        settings = Settings(
+            batch_size=workload.batch_size,
+            micro_batch_size=workload.micro_batch_size,
+            threads=workload.threads,
+            max_iters=10**6,
+            **given,
+        )
+        runtime = build_runtime(settings)
+        with tempfile.TemporaryDirectory() as name:
+            contestant: Ours | Stock
+            if kind == "ours":
+                contestant = Ours(workload, Path(name), runtime, settings)
+            else:
+                contestant = Stock(workload, Path(name), runtime, best=kind == CONTESTANTS[2])
+            started = time.perf_counter()
+            for _ in range(WARM_UP):
+                contestant.step()
+            wait(runtime.device)
+            warm_up = time.perf_counter() - started
+            if isinstance(contestant, Ours):
+                contestant.watch.seconds = dict.fromkeys(PHASES, 0.0)
+            pipe.send({"warm_up": warm_up, "runtime": runtime.describe()})
+            while pipe.recv():
+                wait(runtime.device)
+                started = time.perf_counter()
+                for _ in range(STEPS):
+                    contestant.step()
+                wait(runtime.device)
+                told: dict[str, Any] = {"seconds": (time.perf_counter() - started) / STEPS}
+                if isinstance(contestant, Ours):
+                    told["phases"] = dict(contestant.watch.seconds)
+                told["memory"] = peak_memory(runtime.device)
+                pipe.send(told)
+    except Exception as error:
+        pipe.send({"error": f"{type(error).__name__}: {error}"})
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One contestant on one workload."""
+
+    contestant: str
+    runtime: str
+    tokens_per_second: float
+    """Median over the rounds; no token is padding."""
+    slowest: float
+    fastest: float
+    milliseconds: dict[str, float]
+    """A step, and for ours its phases; what is left of them is `backward`, the norm of the gradient included."""
+    warm_up_seconds: float
+    """The first steps, compiling among them."""
+    peak_bytes: int
+    seconds: list[float]
+    """A step, in each round."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """A workload, its contestants, and the machine's peak beside them."""
+
+    workload: Workload
+    flops_per_step: float
+    peak_flops: float
+    contestants: list[Measured]
+
+    @property
+    def mfu(self) -> float:
+        """Share of the measured peak that our step's matrix products use."""
+        return self.flops_per_step / statistics.median(self.contestants[0].seconds) / self.peak_flops
+
+    def ratios(self) -> dict[str, tuple[float, float, float]]:
+        """How many times as fast we are: median, lowest and highest over the rounds, each round for itself."""
+        ours = self.contestants[0].seconds
+        result = {}
+        for other in self.contestants[1:]:
+            each = sorted(theirs / mine for mine, theirs in zip(ours, other.seconds, strict=True))
+            result[other.contestant] = (statistics.median(each), each[0], each[-1])
+        return result
+
+    def to_dict(self) -> dict[str, Any]:
+        """For --json."""
+        return {**asdict(self), "mfu": self.mfu, "ratios": self.ratios()}
+
+    def text(self) -> str:
+        """A few lines."""
+        lines = [str(self.workload)]
+        for one in self.contestants:
+            lines.append(
+                f"  {one.contestant:<18}{one.tokens_per_second:>9,.0f} tokens/s ({one.slowest:,.0f} to "
+                f"{one.fastest:,.0f})  {one.runtime}; memory {one.peak_bytes / 1e9:.2f} GB; first {WARM_UP} steps "
+                f"{one.warm_up_seconds:.1f} s"
+            )
+        phases = ", ".join(f"{name} {value:.1f}" for name, value in self.contestants[0].milliseconds.items())
+        lines.append(f"  our milliseconds: {phases}")
+        lines.append(
+            f"  {self.flops_per_step / 1e9:,.1f} GFLOP a step; measured peak {self.peak_flops / 1e9:,.0f} GFLOP/s; "
+            f"used {self.mfu:.1%}"
+        )
+        for name, (middle, low, high) in self.ratios().items():
+            lines.append(f"  {middle:.2f} times as fast as {name} ({low:.2f} to {high:.2f} over the rounds)")
+        return "\n".join(lines)
+
+
+def bench(workload: Workload, *, against: bool, rounds: int, settings: dict[str, Any], say: Say) -> Report:
+    """Let the contestants take turns on a workload; each runs a few steps in each of the rounds."""
+    kinds = CONTESTANTS if against else CONTESTANTS[:1]
+    context = multiprocessing.get_context("spawn")
+    pipes, processes = {}, []
+    told: dict[str, list[dict[str, Any]]] = {kind: [] for kind in kinds}
+    try:
+        for kind in kinds:
+            say(f"{workload}: {kind} gets ready")
+            pipes[kind], far = context.Pipe()
+            process = context.Process(target=work, args=(kind, workload, settings, far), daemon=True)
+            process.start()
+            processes.append(process)
+            told[kind].append(heard(pipes[kind], kind))  # one after the other: compiling would disturb the next
+        runtime = build_runtime(Settings(threads=workload.threads, **settings))
+        peak = matmul_peak(runtime.device, runtime.dtype)
+        for number in range(rounds):
+            say(f"{workload}: round {number + 1} of {rounds}")
+            for kind in kinds:
+                pipes[kind].send(True)
+                told[kind].append(heard(pipes[kind], kind))
+    finally:
+        for pipe in pipes.values():
+            with contextlib.suppress(OSError):
+                pipe.send(False)
+        for process in processes:
+            process.join(10)
+            process.kill()
+    masked = workload.batch_size * round(workload.mlm_probability * (workload.seq_len - 2))
+    count = flops(workload.config(), workload.batch_size, workload.seq_len, masked)
+    return Report(workload, count, peak, [summed_up(workload, kind, told[kind]) for kind in kinds])
+
+
+def heard(pipe: Any, kind: str) -> dict[str, Any]:
+    """What a contestant tells; an error of its is ours."""
+    try:
+        told: dict[str, Any] = pipe.recv()
+    except EOFError:
+        raise BertlingError(f"{kind}: its process ended, perhaps for want of memory; lower the batch size") from None
+    if "error" in told:
+        raise BertlingError(f"{kind}: {told['error']}")
+    return told
+
+
+def summed_up(workload: Workload, kind: str, told: list[dict[str, Any]]) -> Measured:
+    """One contestant's rounds as figures."""
+    first, rounds = told[0], told[1:]
+    seconds = [one["seconds"] for one in rounds]
+    speeds = sorted(workload.batch_size * workload.seq_len / one for one in seconds)
+    step = 1000 * statistics.mean(seconds)
+    milliseconds = {"step": step}
+    if "phases" in rounds[-1]:
+        each = {name: 1000 * value / (STEPS * len(rounds)) for name, value in rounds[-1]["phases"].items()}
+        each["backward"] = step - sum(each.values())
+        milliseconds |= each
+    return Measured(
+        kind,
+        first["runtime"] if kind == "ours" else "fp32, eager" if kind == "stock" else "bf16, compiled",
+        statistics.median(speeds),
+        speeds[0],
+        speeds[-1],
+        milliseconds,
+        first["warm_up"],
+        rounds[-1]["memory"],
+        seconds,
+    )

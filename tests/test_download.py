@@ -1,0 +1,234 @@
+"""Fetching from a hub: a small server on 127.0.0.1 speaks its protocol, breaks off, and refuses."""
+
+import hashlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import pytest
+
+pytest.importorskip("huggingface_hub")
+
+SHA = "1f0c4e8a9b7d6c5e4f3a2b1c0d9e8f7a6b5c4d3e"
+REPOS: dict[str, dict[str, bytes]] = {
+    "datasets/stanfordnlp/sst2": {
+        "data/train-00000-of-00001.parquet": bytes(range(256)) * 50_000,
+        "data/validation-00000-of-00001.parquet": b"validation" * 100,
+        "README.md": b"not wanted",
+    },
+    "models/someone/tiny-bert": {
+        "config.json": b"{}",
+        "model.safetensors": b"weights" * 1000,
+        "pytorch_model.bin": b"the same in an older form",
+        "vocab.txt": b"[PAD]\n",
+        "onnx/model.onnx": b"for another program",
+    },
+    "models/someone/empty": {"picture.png": b"png"},
+}
+GATED = "models/someone/gated"
+
+
+class Hub(ThreadingHTTPServer):
+    """What was asked of it is in `log`; it breaks off so many answers with files after `break_after` bytes."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.log: list[tuple[str, str, str | None]] = []
+        self.break_after, self.breaks = 11_000_000, 0
+        self.endpoint = f"http://127.0.0.1:{self.server_port}"
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Hub
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+    def do_HEAD(self) -> None:
+        self.answer(body=False)
+
+    def do_GET(self) -> None:
+        self.answer(body=True)
+
+    def answer(self, *, body: bool) -> None:
+        path = unquote(urlsplit(self.path).path).strip("/")
+        self.server.log.append((self.command, path, self.headers.get("Range")))
+        if "/tree/" in path:
+            kind, _, name = path.removeprefix("api/").partition("/tree/")[0].partition("/")
+            files = REPOS[f"{kind}/{name}"]
+            tree = [{"type": "file", "path": at, "size": len(x), "oid": digest(x)} for at, x in files.items()]
+            self.reply(200, json.dumps(tree).encode(), {"Content-Type": "application/json"})
+        elif path.startswith("api/"):
+            self.about(path.removeprefix("api/").partition("/revision/")[0])
+        else:
+            where, _, rest = path.partition("/resolve/")
+            repo = where if where.startswith("datasets/") else f"models/{where}"
+            self.file(REPOS[repo][rest.partition("/")[2]], body=body)
+
+    def about(self, repo: str) -> None:
+        kind, _, name = repo.partition("/")
+        files = REPOS.get(f"{kind}/{name}")
+        if files is None:
+            code = "GatedRepo" if repo == GATED else "RepoNotFound"
+            self.reply(403 if repo == GATED else 404, b"{}", {"X-Error-Code": code, "X-Error-Message": code})
+            return
+        siblings = [{"rfilename": path, "size": len(data), "blobId": digest(data)} for path, data in files.items()]
+        info = {
+            "id": name,
+            "sha": SHA,
+            "private": False,
+            "tags": ["license:mit"],
+            "downloads": 0,
+            "likes": 0,
+            "siblings": siblings,
+            "cardData": {"license": "cc-by-4.0"} if kind == "datasets" else None,
+        }
+        self.reply(200, json.dumps(info).encode(), {"Content-Type": "application/json"})
+
+    def file(self, data: bytes, *, body: bool) -> None:
+        headers = {"ETag": f'"{digest(data)}"', "X-Repo-Commit": SHA, "Accept-Ranges": "bytes"}
+        start = 0
+        if (asked := self.headers.get("Range")) and body:
+            start = int(asked.removeprefix("bytes=").partition("-")[0])
+            headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
+        if body and self.server.breaks and len(data) - start > self.server.break_after:
+            self.server.breaks -= 1
+            self.send_response(206 if start else 200)
+            for key, value in (headers | {"Content-Length": str(len(data) - start)}).items():
+                self.send_header(key, value)
+            self.end_headers()
+            self.wfile.write(data[start : start + self.server.break_after])
+            self.wfile.flush()
+            self.connection.shutdown(socket.SHUT_RDWR)
+            self.close_connection = True
+            return
+        self.reply(206 if start else 200, data[start:], headers, body=body)
+
+    def reply(self, status: int, data: bytes, headers: dict[str, str], *, body: bool = True) -> None:
+        self.send_response(status)
+        for key, value in (headers | {"Content-Length": str(len(data))}).items():
+            self.send_header(key, value)
+        self.end_headers()
+        if body:
+            self.wfile.write(data)
+
+
+def digest(data: bytes) -> str:
+    return hashlib.sha1(data).hexdigest()
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    server = Hub()
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def download(endpoint: str, folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """In a process of its own: huggingface_hub reads its settings when it is imported."""
+    settings = {
+        "HF_ENDPOINT": endpoint,
+        "HF_HOME": str(folder / "home"),
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_ETAG_TIMEOUT": "2",
+        "HF_HUB_DOWNLOAD_TIMEOUT": "2",
+        "no_proxy": "127.0.0.1",
+    }
+    command = [sys.executable, "-m", "bertling", "download", *words]
+    return subprocess.run(
+        command, cwd=folder, env={**os.environ, **settings}, capture_output=True, text=True, timeout=100
+    )
+
+
+def test_a_data_set_with_its_size_and_licence_first(hub: Hub, tmp_path: Path) -> None:
+    ended = download(hub.endpoint, tmp_path, "sst2", "-o", "data sets", "--json")
+    assert ended.returncode == 0, ended.stderr
+    first = ended.stderr.splitlines()[0]
+    assert first == f"stanfordnlp/sst2 (dataset, revision {SHA[:12]}): 2 files, 12.8 MB; licence: cc-by-4.0"
+    answer = json.loads(ended.stdout)
+    assert answer["folder"] == "data sets"
+    for path, data in REPOS["datasets/stanfordnlp/sst2"].items():
+        here = tmp_path / "data sets" / path
+        assert (here.read_bytes() == data) if path.startswith("data/") else not here.exists()
+    asked = len(hub.log)
+    again = download(hub.endpoint, tmp_path, "sst2", "-o", "data sets")
+    assert again.returncode == 0, again.stderr
+    assert "next: bertling finetune --cp RUN --train-input data sets/data/train" in again.stdout
+    assert [path for method, path, _ in hub.log[asked:] if method == "GET" and "resolve" in path] == []
+
+
+def test_a_model_without_its_second_copies(hub: Hub, tmp_path: Path) -> None:
+    ended = download(hub.endpoint, tmp_path, "someone/tiny-bert")
+    assert ended.returncode == 0, ended.stderr
+    assert "3 files" in ended.stderr.splitlines()[0]
+    assert "licence: mit" in ended.stderr.splitlines()[0]
+    found = sorted(path.name for path in (tmp_path / "tiny-bert").iterdir() if path.name != ".cache")
+    assert found == ["config.json", "model.safetensors", "vocab.txt"]
+
+
+def test_a_connection_that_breaks_is_taken_up_where_it_broke(hub: Hub, tmp_path: Path) -> None:
+    hub.breaks = 1
+    ended = download(hub.endpoint, tmp_path, "sst2")
+    assert ended.returncode == 0, ended.stderr
+    path = "data/train-00000-of-00001.parquet"
+    assert (tmp_path / "sst2" / path).read_bytes() == REPOS["datasets/stanfordnlp/sst2"][path]
+    ranges = [asked for method, _, asked in hub.log if method == "GET" and asked]
+    assert len(ranges) == 1  # from the last whole piece of 10 MiB on
+    assert int(ranges[0].removeprefix("bytes=").removesuffix("-")) > 10_000_000
+
+
+def test_the_same_command_again_fetches_what_is_missing(hub: Hub, tmp_path: Path) -> None:
+    hub.breaks, hub.break_after = 100, 10_000
+    broken = download(hub.endpoint, tmp_path, "sst2")
+    assert broken.returncode == 2
+    assert "run the same command again to go on" in broken.stderr.splitlines()[-1]
+    path = "data/train-00000-of-00001.parquet"
+    assert not (tmp_path / "sst2" / path).exists()
+    hub.breaks = 0
+    (tmp_path / "sst2" / "data").mkdir(parents=True, exist_ok=True)
+    have = {one.name for one in (tmp_path / "sst2" / "data").iterdir()}
+    asked = len(hub.log)
+    whole = download(hub.endpoint, tmp_path, "sst2")
+    assert whole.returncode == 0, whole.stderr
+    assert (tmp_path / "sst2" / path).read_bytes() == REPOS["datasets/stanfordnlp/sst2"][path]
+    fetched = {Path(at).name for method, at, _ in hub.log[asked:] if method == "GET" and "/resolve/" in at}
+    assert not have & fetched
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("wikitext", "error: wikitext: neither one of wikitext-103, sst2 nor a model's name as OWNER/NAME"),
+        ("someone/nothing", "error: someone/nothing: no such model on http://127"),
+        ("someone/gated", "error: someone/gated: asks for your consent first"),
+        ("someone/empty", "error: someone/empty: holds none of config.json"),
+    ],
+)
+def test_refusals_in_one_line(hub: Hub, tmp_path: Path, name: str, message: str) -> None:
+    ended = download(hub.endpoint, tmp_path, name)
+    assert ended.returncode == 2
+    assert ended.stderr.splitlines()[-1].startswith(message)
+    assert "Traceback" not in ended.stderr
+
+
+def test_offline_it_says_what_to_place_where(tmp_path: Path) -> None:
+    ended = download("http://127.0.0.1:9", tmp_path, "wikitext-103")
+    assert ended.returncode == 2
+    line = ended.stderr.splitlines()[-1]
+    assert "could not be reached" in line
+    assert "place these files by hand: wikitext-103-raw-v1/*.parquet of Salesforce/wikitext in wikitext-103" in line
+    assert "Traceback" not in ended.stderr

@@ -1,0 +1,166 @@
+"""What is exported loads elsewhere and gives our answers; what differs, or cannot be, is not written."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from commands import bertling
+
+import bertling as package
+from bertling.checkpoint import write_model
+from bertling.model import BertForMaskedLM, BertForSequenceClassification
+from bertling.presets import preset_config
+from bertling.tokenizer import Tokenizer
+from bertling.tools import export as module
+from bertling.train import Outcome
+
+transformers = pytest.importorskip("transformers")
+TEXTS = ["the old [MASK] by the river .", "bread"]
+every_stock = pytest.mark.parametrize("preset", ["bert", "distilbert", "modern"])
+
+
+@pytest.fixture
+def save(tmp_path: Path, tiny_tokenizer: Tokenizer) -> Any:
+    """Write a small model with lively weights; returns its folder."""
+
+    def write(preset: str, *, classifier: bool = False, **changes: Any) -> Path:
+        config = preset_config(
+            preset,
+            "mini",
+            tiny_tokenizer.vocab_size,
+            max_position_embeddings=40,
+            pad_token_id=tiny_tokenizer.pad_id,
+            hidden_size=32,
+            num_hidden_layers=3,
+            num_attention_heads=2,
+            labels=("bad", "good"),
+            **changes,
+        )
+        generator = torch.Generator().manual_seed(3)
+        model = (BertForSequenceClassification if classifier else BertForMaskedLM)(config, generator)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+        folder = tmp_path / f"{preset} {classifier}"
+        folder.mkdir()
+        write_model(folder, model, tiny_tokenizer)
+        return folder
+
+    return write
+
+
+@every_stock
+def test_fill_mask_pipeline_gives_our_answers(preset: str, save: Any, tmp_path: Path) -> None:
+    folder = save(preset)
+    ended = bertling("export", "--cp", folder, "--format", "hf", "-o", tmp_path / "out")
+    assert ended.status == 0, ended.err
+    assert "stock class: within" in ended.out
+    ours = package.load(folder).fill(TEXTS[0], top_k=3)[0]["masks"][0]
+    theirs = transformers.pipeline("fill-mask", model=str(tmp_path / "out"))(TEXTS[0], top_k=3)
+    assert [one["token_str"].replace(" ", "") for one in theirs] == [token for token, _ in ours]
+    assert [one["score"] for one in theirs] == pytest.approx([share for _, share in ours], rel=1e-4)
+
+
+@every_stock
+def test_text_classification_pipeline_gives_our_answers(preset: str, save: Any, tmp_path: Path) -> None:
+    folder = save(preset, classifier=True)
+    assert bertling("export", "--cp", folder, "--format", "hf", "-o", tmp_path / "out").status == 0
+    pipeline = transformers.pipeline("text-classification", model=str(tmp_path / "out"))
+    for text in ("the old lamp .", "bread"):
+        ours, theirs = package.load(folder).classify(text)[0], pipeline(text)[0]
+        assert theirs["label"] == ours["label"]
+        assert theirs["score"] == pytest.approx(ours["score"], rel=1e-4)
+
+
+def test_the_card_of_a_run_tells_its_training(train_mlm: Any, tmp_path: Path) -> None:
+    outcome: Outcome = train_mlm(max_iters=3, preset="bert")
+    ended = bertling("export", "--cp", outcome.run, "--format", "hf", "-o", tmp_path / "out", "--json")
+    assert ended.status == 0, ended.err
+    answer = json.loads(ended.out)
+    assert answer["worst_difference"]["stock class"] < 1e-5
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: transformers\npipeline_tag: fill-mask\n")
+    parts = (
+        "3 steps in",
+        "max-iters = 3",
+        "15% of the ordinary tokens masked",
+        "floor/unigram",
+        '"label": "tiny"',
+    )
+    for part in parts:
+        assert part in card
+    assert sorted(answer["files"]) == sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_a_copy_that_differs_is_not_written(save: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = save("bert")
+    real = module.ours_on
+    monkeypatch.setattr(module, "ours_on", lambda *inputs: real(*inputs) * 1.01)
+    ended = bertling("export", "--cp", folder, "--format", "hf", "-o", tmp_path / "out")
+    assert ended.status == 2
+    assert "the stock class differs from the original by" in ended.err
+    assert not (tmp_path / "out").exists()
+    assert list(tmp_path.glob(".out*")) == []
+
+
+@pytest.mark.parametrize("classifier", [False, True])
+@pytest.mark.parametrize("preset", ["bert", "distilbert", "modern", "seed"])
+def test_onnx_gives_our_scores_for_any_batch_and_length(
+    preset: str, classifier: bool, save: Any, tmp_path: Path
+) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    changes = {"local_attention": 6} if preset == "modern" else {}
+    folder = save(preset, classifier=classifier, **changes)
+    ended = bertling("export", "--cp", folder, "--format", "onnx", "-o", tmp_path / "out", "--json")
+    assert ended.status == 0, ended.err
+    assert json.loads(ended.out)["worst_difference"]["model.onnx"] < 1e-4
+    session = onnxruntime.InferenceSession(str(tmp_path / "out" / "model.onnx"))
+    model = package.load(folder)
+    for rows, length in ((1, 3), (3, 17), (2, 40)):
+        ids = torch.randint(5, model.tokenizer.vocab_size, (rows, length), generator=torch.Generator().manual_seed(1))
+        mask = torch.ones_like(ids)
+        mask[-1, length // 2 + 1 :] = 0
+        (theirs,) = session.run(None, {"input_ids": ids.numpy(), "attention_mask": mask.numpy()})
+        with torch.inference_mode():
+            ours = model.model(ids, mask).numpy()
+        keep = np.ones(rows, bool) if classifier else mask.bool().numpy()
+        np.testing.assert_allclose(theirs[keep], ours[keep], atol=1e-4 * np.abs(ours).max())
+
+
+def test_int8_is_smaller_and_near(save: Any, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    folder = save("modern", classifier=True)
+    ended = bertling("export", "--cp", folder, "--format", "onnx", "--int8", "-o", tmp_path / "out", "--json")
+    assert ended.status == 0, ended.err
+    answer = json.loads(ended.out)
+    assert answer["files"]["model_int8.onnx"] < answer["files"]["model.onnx"]
+    assert 1e-6 < answer["worst_difference"]["model_int8.onnx"] < 0.2
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--format", "hf"], "the preset seed has no stock class"),
+        (["--format", "hf", "--int8"], "--int8: only the onnx form has it"),
+        (["--format", "pickle"], "'pickle' is not one of 'hf', 'onnx'"),
+    ],
+)
+def test_what_cannot_be_is_refused(words: list[str], message: str, save: Any, tmp_path: Path) -> None:
+    ended = bertling("export", "--cp", save("seed"), "-o", tmp_path / "out", *words)
+    assert ended.status == 2
+    assert message in ended.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_existing_folder_goes_only_by_force(save: Any, tmp_path: Path) -> None:
+    folder, out = save("bert"), tmp_path / "out"
+    out.mkdir()
+    (out / "mine.txt").write_text("mine")
+    assert "--force" in bertling("export", "--cp", folder, "--format", "hf", "-o", out).err
+    assert (out / "mine.txt").exists()
+    assert bertling("export", "--cp", folder, "--format", "hf", "-o", out, "--force").status == 0
+    assert not (out / "mine.txt").exists()
