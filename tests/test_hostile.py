@@ -59,20 +59,17 @@ def test_no_pickle_is_opened_whatever_it_is_called(model: Path, tmp_path: Path) 
     assert proof.read_text() == "executed"  # it would
     proof.unlink()
     weights = model / "model.safetensors"
-    weights.write_bytes(payload)
-    with pytest.raises(BertlingError, match=r"model\.safetensors: damaged or truncated"):
-        load_checkpoint(model)
-    torch.save({"weight": Bomb(proof)}, weights)
-    with pytest.raises(BertlingError, match=r"model\.safetensors: damaged or truncated"):
-        load_checkpoint(model)
-    weights.unlink()
-    old = model / "pytorch_model.bin"
-    old.write_bytes(payload)
-    with pytest.raises(BertlingError, match=r"pytorch_model\.bin: damaged, or holds more than tensors"):
-        load_checkpoint(model)
-    torch.save({"weight": Bomb(proof)}, old)
-    with pytest.raises(BertlingError, match=r"pytorch_model\.bin: damaged, or holds more than tensors"):
-        load_checkpoint(model)
+    for path, message in (
+        (weights, r"model\.safetensors: damaged or truncated"),
+        (model / "pytorch_model.bin", r"pytorch_model\.bin: damaged, or holds more than tensors"),
+    ):
+        weights.unlink()
+        path.write_bytes(payload)
+        with pytest.raises(BertlingError, match=message):
+            load_checkpoint(model)
+        torch.save({"weight": Bomb(proof)}, path)
+        with pytest.raises(BertlingError, match=message):
+            load_checkpoint(model)
     data = tmp_path / "train_x_16_1.msgpack"
     data.write_bytes(payload)
     assert "train_x_16_1.msgpack" in bertling("inspect", data, "-v", VOCAB).error

@@ -12,7 +12,13 @@ SPECIAL = (0, 1, 2, 3, 4)
 VOCAB = 60
 
 
-def draw(ids: Tensor, seed: int = 0, probability: float = 0.15, special: tuple[int, ...] = SPECIAL) -> Masked:
+def draw(
+    ids: Tensor,
+    seed: int = 0,
+    probability: float = 0.15,
+    special: tuple[int, ...] = SPECIAL,
+    continues: Tensor | None = None,
+) -> Masked:
     return mask_tokens(
         ids,
         special_ids=special,
@@ -20,6 +26,7 @@ def draw(ids: Tensor, seed: int = 0, probability: float = 0.15, special: tuple[i
         vocab_size=VOCAB,
         generator=torch.Generator().manual_seed(seed),
         mlm_probability=probability,
+        continues=continues,
     )
 
 
@@ -150,18 +157,6 @@ CONTINUES = torch.arange(VOCAB) >= 40
 """Ids from 40 on go on with a word."""
 
 
-def draw_words(ids: Tensor, seed: int = 0, probability: float = 0.15) -> Masked:
-    return mask_tokens(
-        ids,
-        special_ids=SPECIAL,
-        mask_id=4,
-        vocab_size=VOCAB,
-        generator=torch.Generator().manual_seed(seed),
-        mlm_probability=probability,
-        continues=CONTINUES,
-    )
-
-
 def words_of(row: list[int]) -> list[list[int]]:
     """The places of each word of a row, specials left out."""
     words: list[list[int]] = []
@@ -179,7 +174,7 @@ def words_of(row: list[int]) -> list[list[int]]:
 def test_words_are_masked_whole_and_within_the_number(probability: float) -> None:
     ids = rows(300, 64, seed=5)
     ids[7, 20:] = 0
-    masked = draw_words(ids, probability=probability)
+    masked = draw(ids, probability=probability, continues=CONTINUES)
     slots = slots_per_row(64, probability)
     used = (masked.labels != IGNORED).view(300, slots)
     chosen = torch.zeros(ids.numel(), dtype=torch.bool).index_fill(0, masked.positions[used.flatten()], True)
@@ -198,7 +193,7 @@ def test_words_are_masked_whole_and_within_the_number(probability: float) -> Non
 
 def test_every_word_is_as_likely() -> None:
     ids = torch.tensor([[2, *[10, 41, 42, 11, 12, 43, 13, 14, 15, 16] * 3, 3]]).repeat(6000, 1)
-    masked = draw_words(ids, probability=0.2)
+    masked = draw(ids, probability=0.2, continues=CONTINUES)
     used = masked.labels != IGNORED
     hits = torch.zeros(ids.numel()).index_fill(0, masked.positions[used], 1.0).view_as(ids).mean(0)[1:-1]
     alone, of_three = hits[[3, 6, 7, 8, 9]].mean(), hits[[0, 1, 2]].mean()

@@ -226,12 +226,13 @@ def load_checkpoint(
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
     """The weights of a model folder: model.safetensors, or else the older pytorch_model.bin."""
-    old = folder / "pytorch_model.bin"
-    if (folder / "model.safetensors").exists() or not old.exists():
-        split = folder / "model.safetensors.index.json"
-        if not (folder / "model.safetensors").exists() and split.exists():
-            raise BertlingError(f"{split}: weights split over several files; save the model again as one file")
-        return read_tensors(folder / "model.safetensors")
+    new, old, split = (
+        folder / name for name in ("model.safetensors", "pytorch_model.bin", "model.safetensors.index.json")
+    )
+    if split.exists() and not new.exists():
+        raise BertlingError(f"{split}: weights split over several files; save the model again as one file")
+    if new.exists() or not old.exists():
+        return read_tensors(new)
     with readable_errors(old), old.open("rb"):
         pass
     try:

@@ -271,7 +271,7 @@ def verify_resume(
 
 
 @cli.command()
-@click.option("--preset", help="modern, bert, distilbert or seed  [default: the workloads of docs/results.md]")
+@click.option("--preset", help="modern, bert, distilbert or seed  [default: three workloads of ours]")
 @click.option("--size", default="mini", show_default=True, help="mini, small or base")
 @click.option("--vocab-size", type=click.IntRange(64, 200_000), default=8192, show_default=True)
 @click.option("--batch-size", type=click.IntRange(1), default=64, show_default=True)

@@ -158,9 +158,9 @@ def check_field(name: str, value: Any, kind: Any) -> None:
 
 # Blocks, width, heads; the blocks of `base` are those of each original.
 SIZES: dict[str, tuple[int, int, int]] = {"mini": (4, 256, 4), "small": (6, 512, 8), "base": (12, 768, 12)}
+BASE_LAYERS: dict[str, int] = {"seed": 6, "bert": 12, "distilbert": 6, "modern": 12}
 LOCAL_PATTERN = 3
 """Where windows are asked for, every third block still sees the whole row, as in ModernBERT."""
-BASE_LAYERS: dict[str, int] = {"seed": 6, "bert": 12, "distilbert": 6, "modern": 12}
 
 # What BertForMaskedLM and its kind are made of (Devlin et al. 2019).
 BERT: dict[str, Any] = {

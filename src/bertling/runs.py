@@ -22,9 +22,9 @@ from bertling.distributed import Ranks
 from bertling.files import BertlingError, atomic_write, locked, read_json, readable_errors, sweep, write_json
 from bertling.settings import COMMANDS, Settings, key_of, read_ini, resolve
 
-# What a run is: a resumed one keeps it.
 SEEDS_PLAN = "seeds.json"
 """In a run that is one seed of several: which seeds there are to be, and the runs that are done."""
+# What a run is: a resumed one keeps it.
 FIXED = (
     "preset size d_model n_layers heads local_attention dropout seq_len batch_size mlm_probability optimizer seed "
     "whole_word_masking dataset_pattern val_dataset_pattern train_input val_input text_column label_column schedule "

@@ -78,7 +78,6 @@ def work(kind: str, workload: Workload, given: dict[str, Any], pipe: Connection)
         settings = Settings(
             batch_size=workload.batch_size,
             micro_batch_size=workload.micro_batch_size,
-            threads=workload.threads,
             max_iters=10**6,
             **given,
         )
@@ -192,7 +191,7 @@ def bench(workload: Workload, *, against: bool, rounds: int, settings: dict[str,
             process.start()
             processes.append(process)
             told[kind].append(heard(pipes[kind], kind))  # one after the other: compiling would disturb the next
-        runtime = build_runtime(Settings(threads=workload.threads, **settings))
+        runtime = build_runtime(Settings(**settings))
         peak = matmul_peak(runtime.device, runtime.dtype)
         for number in range(rounds):
             say(f"{workload}: round {number + 1} of {rounds}")

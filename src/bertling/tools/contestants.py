@@ -44,7 +44,6 @@ class Workload:
     micro_batch_size: int | None = None
     mlm_probability: float = 0.15
     local_attention: int | None = None
-    threads: int | None = None
 
     def __str__(self) -> str:
         return (
