@@ -6,11 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from commands import TEXT, VOCAB, World, make_world
+from commands import TEXT, VOCAB, World, bertling, make_world
 from transformers import AutoTokenizer
 
-from bertling.checkpoint import load_checkpoint
+from bertling.checkpoint import load_checkpoint, write_model
 from bertling.files import BertlingError
+from bertling.inference import load
 from bertling.labelled import load_labelled
 from bertling.presets import PRESETS
 from bertling.runtime import build_runtime
@@ -153,3 +154,16 @@ def test_the_anatomy_of_a_checkpoint_is_that_of_its_model(world: World) -> None:
     assert drawn.to_dict()["modules"][0]["path"] == "embeddings.word_embeddings"
     with pytest.raises(BertlingError, match="holds no checkpoint"):
         anatomy(VOCAB, "modern", "mini", 8192)
+
+
+def test_an_encoder_without_a_head_embeds_but_has_nothing_to_score(world: World, tmp_path: Path) -> None:
+    encoder = load_checkpoint(world.mlm, head="none")
+    folder = tmp_path / "encoder"
+    folder.mkdir()
+    write_model(folder, encoder.model, encoder.tokenizer)
+    with pytest.raises(BertlingError, match="an encoder without a head has nothing to score"):
+        evaluate(folder, world.dev)
+    assert bertling("summary", "--cp", folder).status == 0
+    assert "this model has no head for masked words" in bertling("fill", "--cp", folder, "a [MASK]").error
+    vectors = load(folder).embed("the old river")
+    assert np.array_equal(vectors, load(world.mlm).embed("the old river"))

@@ -6,6 +6,7 @@ from typing import Any
 
 from bertling.checkpoint import Loaded, load_checkpoint, run_of
 from bertling.files import BertlingError
+from bertling.interop import head_of
 from bertling.labelled import LabelledTexts, check_agree, labels_of, load_labelled
 from bertling.model import BertForMaskedLM
 from bertling.runtime import Runtime, build_runtime
@@ -40,6 +41,8 @@ def evaluate(
 ) -> Evaluation:
     """Score a masked language model on a prepared data set, or a classifier on a labelled file."""
     loaded = load_checkpoint(cp)
+    if head_of(loaded.model) == "none":
+        raise BertlingError(f"{cp}: an encoder without a head has nothing to score; fine-tune it first")
     # Nothing is compiled: an evaluation is over before that has paid.
     runtime = build_runtime(parse_settings({"device": device, "compile": "false"}))
     loaded.model.to(runtime.device)
