@@ -1,6 +1,7 @@
 """What the hardware is and how to use it: device, number format, threads, compilation, seeds."""
 
 import contextlib
+import ctypes
 import os
 import shutil
 import sys
@@ -14,6 +15,7 @@ from bertling.settings import Settings
 # Compiling takes about a minute: runs shorter than this are over before it has paid.
 COMPILE_PAYS_MINUTES = 10.0
 COMPILE_PAYS_STEPS = 2000
+M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # of glibc's malloc.h
 BF16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16")
 
 
@@ -58,6 +60,22 @@ def build_runtime(settings: Settings, *, local_rank: int = 0, local_processes: i
         notes.append("no C++ compiler was found, so the model runs uncompiled: the same results, slower steps")
         wanted = False
     return Runtime(device, dtype, wanted, tuple(notes))
+
+
+def keep_freed_memory() -> None:
+    """Let a training on a CPU use its memory again instead of handing it back to the system after every step.
+
+    Large blocks are otherwise mapped and zeroed anew each time they are asked for, page by page: a fifth of a step
+    (docs/experiments.md). glibc's mallopt(3) is told to keep one heap and never to map or trim; torch to ask for large
+    pages. Other systems' allocators are left as they are.
+    """
+    if sys.platform != "linux":
+        return
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch reads it when it first allocates
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        for parameter, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1), (M_ARENA_MAX, 1)):
+            mallopt(parameter, value)
 
 
 def available_cores() -> int:

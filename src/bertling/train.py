@@ -18,7 +18,7 @@ from bertling.illustrate import to_svg
 from bertling.model import BertEncoder
 from bertling.optim import build_optimizers, build_schedule, pack_state, set_learning_rate, unpack_state
 from bertling.runlog import RunLog
-from bertling.runtime import Runtime, step_seed
+from bertling.runtime import Runtime, keep_freed_memory, step_seed
 from bertling.settings import Settings
 from bertling.tasks import Task
 from bertling.tokenizer import Tokenizer
@@ -65,6 +65,8 @@ class Trainer:
         self.task, self.model, self.tokenizer, self.settings = task, model, tokenizer, settings
         self.runtime, self.ranks, self.run = runtime, ranks, run
         self.total_steps = total_steps(settings, task.steps_per_epoch)
+        if runtime.device.type == "cpu":
+            keep_freed_memory()
         model.to(runtime.device)  # before the optimizers, whose state lies where the weights lie
         self.optimizers = build_optimizers(model, settings, runtime.device)
         self.schedule = build_schedule(settings, self.total_steps)
