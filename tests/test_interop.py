@@ -290,7 +290,7 @@ def test_faults_are_named_in_one_line(change: Change, message: str) -> None:
             {"rope_parameters": {"full_attention": {"rope_theta": -1.0}}},
             "rope_theta = -1.0: this must be a number above 0",
         ),
-        ({"classifier_pooling": "mean"}, "classifier_pooling = 'mean' is not supported"),
+        ({"classifier_pooling": "max"}, "pooling = 'max': this must be one of cls, mean"),
         ({"norm_bias": True}, "norm_bias = True is not supported"),
     ],
 )

@@ -52,6 +52,7 @@ def random_config(name: str, seed: int) -> ModelConfig:
             local_attention=draw.randint(2, 9),
             rope_theta=draw.uniform(100, 100_000),
             local_rope_theta=draw.uniform(100, 100_000),
+            pooling=draw.choice(["cls", "mean"]),
         )
     return config
 

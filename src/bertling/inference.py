@@ -6,7 +6,7 @@ Shapes: B texts, T tokens, D hidden, M masked places, V vocabulary, L classes.
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Literal, TypedDict
+from typing import IO, TypedDict
 
 import numpy as np
 import torch
@@ -14,13 +14,18 @@ from torch import Tensor, nn
 
 from bertling.files import BertlingError
 from bertling.labelled import pad_rows
-from bertling.model import BertEncoder, BertForMaskedLM, BertForSequenceClassification, ModelConfig
+from bertling.model import (
+    BertEncoder,
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    ModelConfig,
+    Pooling,
+    mean_over_tokens,
+)
 from bertling.runtime import Runtime, choose_device
 from bertling.tables import check_text, decode_utf8, open_bytes, shorten
 from bertling.tokenizer import Tokenizer
 from bertling.vectors import Vectors
-
-Pooling = Literal["cls", "mean"]
 
 BATCH_SIZE = 32
 CHUNK_LINES = 1024
@@ -179,13 +184,7 @@ class Embedder(_Reader):
 
 def pool(hidden: Tensor, attention_mask: Tensor | None, pooling: Pooling, *, normalize: bool) -> Tensor:
     """[B, T, D] -> [B, D], padding left out."""
-    if pooling == "cls":
-        vectors = hidden[:, 0]
-    elif attention_mask is None:
-        vectors = hidden.mean(dim=1)
-    else:
-        weights = attention_mask[..., None].to(hidden.dtype)  # [B, T, 1]
-        vectors = (hidden * weights).sum(dim=1) / weights.sum(dim=1)
+    vectors = hidden[:, 0] if pooling == "cls" else mean_over_tokens(hidden, attention_mask)
     return nn.functional.normalize(vectors, dim=-1) if normalize else vectors
 
 

@@ -105,6 +105,8 @@ def from_hf(
         ours = replace(ours, labels=labels)
     if dropout is not None:
         ours = replace(ours, **dropout_values(ours.architecture, dropout))
+    if wanted == "classification" != stored:  # a fresh head reads what the preset's does
+        ours = replace(ours, pooling=PRESETS[ours.architecture]["pooling"])
 
     with torch.device("meta"):  # no memory yet: what the configuration claims is compared with the tensors first
         model = BUILDERS[wanted](ours)
@@ -306,6 +308,7 @@ def config_from_hf(config: Mapping[str, Any]) -> ModelConfig:
         values["rope_theta"] = rotary_base(config, "full_attention", "global_rope_theta", 160_000.0)
         values["local_rope_theta"] = rotary_base(config, "sliding_attention", "local_rope_theta", 10_000.0)
         values["local_attention"] = config.get("local_attention", 128)
+        values["pooling"] = config.get("classifier_pooling", "cls")
     try:
         if architecture == "modern":
             values["global_attn_every_n_layers"] = global_every(config, values["num_hidden_layers"])

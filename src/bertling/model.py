@@ -14,6 +14,7 @@ from bertling.attention import SelfAttention, Sight, padding_mask, rotary_angles
 from bertling.files import BertlingError
 from bertling.presets import ModelConfig as ModelConfig
 from bertling.presets import Pooler
+from bertling.presets import Pooling as Pooling
 
 # The parameters that run with more rows than the vocabulary has entries.
 VOCABULARY_MATRICES = ("embeddings.word_embeddings.weight", "mlm_head.decoder.weight")
@@ -254,7 +255,7 @@ class BertForMaskedLM(BertEncoder):
 
 
 class BertForSequenceClassification(BertEncoder):
-    """One label for the whole input, read from its first token, [CLS]."""
+    """One label for the whole input, read from its first token, [CLS], or from the mean over all its tokens."""
 
     def __init__(self, config: ModelConfig, generator: torch.Generator | None = None) -> None:
         super().__init__(config)
@@ -268,10 +269,21 @@ class BertForSequenceClassification(BertEncoder):
     ) -> Tensor:
         """[B, T] -> logits [B, L]."""
         batch, length = input_ids.shape
-        first = torch.arange(batch, device=input_ids.device) * length
-        x = self.encode(input_ids, attention_mask, token_type_ids, first)  # [B, D]
+        if self.config.pooling == "cls":
+            first = torch.arange(batch, device=input_ids.device) * length
+            x = self.encode(input_ids, attention_mask, token_type_ids, first)  # [B, D]
+        else:
+            x = mean_over_tokens(self.encode(input_ids, attention_mask, token_type_ids), attention_mask)  # [B, D]
         logits: Tensor = self.classifier(self.dropout(self.pooler(x)))
         return logits
+
+
+def mean_over_tokens(x: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """[B, T, D] -> [B, D], padding left out; [CLS] and [SEP] count as tokens."""
+    if attention_mask is None:
+        return x.mean(dim=1)
+    weights = attention_mask[..., None].to(x.dtype)  # [B, T, 1]
+    return (x * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
 
 
 def layer_norm(config: ModelConfig) -> nn.LayerNorm:

@@ -10,6 +10,7 @@ from bertling.files import BertlingError
 Architecture = Literal["seed", "bert", "distilbert", "modern"]
 Positions = Literal["learned", "sinusoidal", "rotary"]
 Pooler = Literal["none", "tanh", "relu", "gelu"]
+Pooling = Literal["cls", "mean"]
 
 # Far above any BERT, far below what would hang or exhaust a machine that is handed a damaged config.json.
 LIMITS = {
@@ -88,8 +89,10 @@ class ModelConfig:
     """A dense layer and GELU before the norm of the masked-word head."""
     tied: bool
     """The masked-word head uses the word embeddings as its matrix."""
+    pooling: Pooling
+    """What the classifier is told: the vector of [CLS], or the mean over all tokens."""
     pooler: Pooler
-    """Activation of the dense layer between [CLS] and the classifier; `gelu` has a LayerNorm behind it."""
+    """Activation of the dense layer between this and the classifier; `gelu` has a LayerNorm behind it."""
     zero_init_output: bool
     """Start with every block adding nothing: the last matrix of attention and MLP is zero."""
     labels: tuple[str, ...] = ("LABEL_0", "LABEL_1")
@@ -186,6 +189,7 @@ BERT: dict[str, Any] = {
     "bias": True,
     "mlm_dense": True,
     "tied": True,
+    "pooling": "cls",
     "pooler": "tanh",
     "zero_init_output": False,
 }
@@ -231,6 +235,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "final_norm": True,
         "glu": True,
         "bias": False,
+        "pooling": "mean",
         "pooler": "gelu",
         "zero_init_output": True,
     },

@@ -31,6 +31,7 @@ KEYS: dict[str, dict[str, str]] = {
     },
     "modern": {
         "layer_norm_eps": "norm_eps",
+        "pooling": "classifier_pooling",
         "embedding_dropout_prob": "embedding_dropout",
         "hidden_dropout_prob": "mlp_dropout",
         "attention_probs_dropout_prob": "attention_dropout",
@@ -41,12 +42,13 @@ KEYS: dict[str, dict[str, str]] = {
 # The fields that a configuration file holds (all others follow from the architecture), and those some have no key for.
 SETTINGS = (
     *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "type_vocab_size"),
-    *("max_position_embeddings", "pad_token_id", "layer_norm_eps", "initializer_range", *dropout_values("bert", 0.0)),
+    *("max_position_embeddings", "pad_token_id", "layer_norm_eps", "initializer_range", "pooling"),
+    *dropout_values("bert", 0.0),
 )
 UNSET: dict[str, tuple[str, ...]] = {
-    "seed": ("type_vocab_size",),
-    "bert": (),
-    "distilbert": ("type_vocab_size", "layer_norm_eps", "attention_output_dropout_prob"),
+    "seed": ("type_vocab_size", "pooling"),
+    "bert": ("pooling",),
+    "distilbert": ("type_vocab_size", "pooling", "layer_norm_eps", "attention_output_dropout_prob"),
     "modern": ("type_vocab_size",),
 }
 
@@ -64,7 +66,6 @@ FIXED: dict[str, dict[str, Any]] = {
     "modern": {
         "hidden_activation": "gelu",
         "classifier_activation": "gelu",
-        "classifier_pooling": "cls",
         "attention_bias": False,
         "mlp_bias": False,
         "norm_bias": False,

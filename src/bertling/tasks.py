@@ -190,7 +190,7 @@ def evaluate_masked_lm(
 
 
 class ClassificationTask:
-    """Tell the class of a text, from its [CLS] place."""
+    """Tell the class of a text."""
 
     def __init__(
         self,
