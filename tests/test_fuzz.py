@@ -208,6 +208,7 @@ RECORDS = b"".join(json.dumps({"sentence": f"text {i}", "label": i % 2}).encode(
     | st.binary(max_size=100)
     | JSON.map(lambda value: json.dumps(value).encode()),
 )
+@example(kind="tsv", raw=b"\x1c")  # a blank for str, none for bytes
 def test_labelled_tables(folder: Path, kind: str, raw: bytes) -> None:
     path = folder / f"train.{kind}"
     path.write_bytes(raw)
@@ -226,6 +227,13 @@ def test_parquet_files(folder: Path, data: st.DataObject) -> None:
     path.write_bytes(data.draw(damaged(raw)))
     harmless(lambda: load_labelled(path))
     harmless(lambda: list(read_pieces([path])))
+
+
+def test_a_column_whose_name_is_no_text(folder: Path) -> None:
+    path = folder / "train.parquet"
+    path.write_bytes(parquet_bytes(folder / "whole.parquet").replace(b"\x18\x08sentence", b"\x18\x08\xf3entence"))
+    with pytest.raises(BertlingError, match="is not a readable parquet file"):
+        load_labelled(path)
 
 
 @given(data=st.data())

@@ -108,7 +108,7 @@ def _read_parquet(path: Path, text: str | None, label: str | None) -> Columns:
                     _check_size(path, size)
                     texts += batch.column(text).to_pylist()
                     labels += batch.column(label).to_pylist()
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:  # names of columns, too, are decoded only then
         reason = str(error).splitlines()[0]
         raise BertlingError(f"{path}: is not a readable parquet file ({reason}); fetch or make it again") from error
     return Columns(texts, labels, range(1, len(texts) + 1), "row")
@@ -135,9 +135,10 @@ def _read_text(path: Path) -> str:
     with open_bytes(path) as file:
         raw = file.read(MOST_BYTES + 1)
     _check_size(path, len(raw))
-    if not raw.strip():
+    content = decode_utf8(path, raw)
+    if not content.strip():
         raise BertlingError(f"{path}: is empty; give a file with at least one row")
-    return decode_utf8(path, raw)
+    return content
 
 
 def _read_jsonl(path: Path, text: str | None, label: str | None) -> Columns:
