@@ -16,7 +16,7 @@ demo: install
 	$(BIN)/bertling quickstart --force
 
 test: $(VENV)/weights
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 lint: install
 	$(BIN)/ruff check .
