@@ -101,7 +101,10 @@ def test_a_resume_that_forgets_something_fails(work: Path, monkeypatch: pytest.M
 def test_what_cannot_be_trained_is_said(work: Path) -> None:
     with pytest.raises(BertlingError, match=r"heads = 5 does not divide d-model"):
         check(work, d_model=256, heads=5)
-    with pytest.raises(BertlingError, match="the training to verify failed: pattern 'nothing_"):
+    nothing = (
+        rf"the training to verify failed: pattern 'nothing_\*': matches nothing in {re.escape(str(work))}/datasets"
+    )
+    with pytest.raises(BertlingError, match=nothing):
         check(work, dataset_pattern="nothing_*")
 
 

@@ -190,7 +190,8 @@ class Twin:
 
     def last_words(self, name: str) -> str:
         """The last line that a failed training said."""
-        lines = (self.folder / f"{name}.err").read_text(errors="replace").strip().splitlines()
+        text = (self.folder / f"{name}.err").read_text(errors="replace").strip()
+        lines = text.replace(str(self.folder), str(self.folder.parent)).splitlines()  # the user's folder, not our copy
         return f"the training to verify failed: {lines[-1].removeprefix('error: ') if lines else 'without a word'}"
 
 
