@@ -105,7 +105,7 @@ def from_hf(
         ours = replace(ours, labels=labels)
     if dropout is not None:
         ours = replace(ours, **dropout_values(ours.architecture, dropout))
-    if wanted == "classification" != stored:  # a fresh head reads what the preset's does
+    if wanted == "classification" and wanted != stored:  # a fresh head reads what the preset's does
         ours = replace(ours, pooling=PRESETS[ours.architecture]["pooling"])
 
     with torch.device("meta"):  # no memory yet: what the configuration claims is compared with the tensors first
