@@ -21,7 +21,7 @@ LEVELS = """
     corpus
     packed
     samples masking
-    splits datacard
+    cooccurrence splits datacard
     prepare
     batches tables
     labelled attention

@@ -170,6 +170,23 @@ def pretrain(context: click.Context, configs: tuple[Path, ...], cp: Path | None,
 
 @cli.command(cls=GroupedCommand)
 @start_options
+@click.option("--probe-steps", type=click.IntRange(1, 10_000), default=20, show_default=True, help="steps to time")
+@training_options("pretrain")
+@json_option
+@click.pass_context
+def plan(
+    context: click.Context, configs: tuple[Path, ...], cp: Path | None, resume: bool, probe_steps: int, as_json: bool
+) -> None:
+    """Foretell time, memory, disk and text of a pre-training from a few of its steps; nothing is kept."""
+    start = begin("pretrain", configs, context.obj or {}, cp, resume)
+    from bertling.tools.plan import plan as run_plan
+
+    result = run_plan(start, say, probe_steps=probe_steps)
+    answer(result.to_dict(), result.text(), as_json)
+
+
+@cli.command(cls=GroupedCommand)
+@start_options
 @click.option("--from-scratch", is_flag=True, help="train without a checkpoint, as a floor")
 @training_options("finetune")
 @json_option

@@ -39,6 +39,24 @@ def evaluate(
     answer(result.to_dict(), result.text(), as_json)
 
 
+@click.command()
+@click.argument("a", type=PATH)
+@click.argument("b", type=PATH)
+@click.option("--data", type=PATH, required=True, help="prepared data set, or labelled file for two classifiers")
+@click.option("--text-column", help="column of the texts  [default: recognised by its name]")
+@click.option("--label-column", help="column of the labels  [default: recognised by its name]")
+@device_option
+@json_option
+def compare(
+    a: Path, b: Path, data: Path, text_column: str | None, label_column: str | None, device: str, as_json: bool
+) -> None:
+    """Say whether model B is better than model A on the same data, or only luckier (paired bootstrap)."""
+    from bertling.tools.compare import compare as run_compare
+
+    result = run_compare(a, b, data, text_column=text_column, label_column=label_column, device=device)
+    answer(result.to_dict(), result.text(), as_json)
+
+
 def open_model(cp: Path, device: str) -> Any:
     """The model to ask."""
     from bertling.inference import load
@@ -165,4 +183,4 @@ def download(name: str, output: Path | None, as_json: bool) -> None:
     answer(result.to_dict(), result.text(), as_json)
 
 
-USE_COMMANDS: tuple[click.Command, ...] = (evaluate, fill, classify, embed, summary, export, download)
+USE_COMMANDS: tuple[click.Command, ...] = (evaluate, compare, fill, classify, embed, summary, export, download)

@@ -1,15 +1,18 @@
 """Pre-training from the settings on: data, vocabulary, model, run folder; then the loop."""
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from bertling import distributed
 from bertling.batches import check_samples
 from bertling.budget import total_steps
 from bertling.checkpoint import Loaded, load_checkpoint
+from bertling.cooccurrence import SCALE, word_vectors
 from bertling.distributed import Ranks
 from bertling.files import BertlingError
 from bertling.model import BertEncoder, BertForMaskedLM, count_parameters
@@ -42,27 +45,58 @@ def pretrain(start: Start, say: Say) -> Outcome:
         say = say if ranks.first else lambda text: None
         runtime = build_runtime(settings, local_rank=ranks.local_rank, local_processes=ranks.local_processes)
         model, data = load_start(start, say)
+        began = time.perf_counter()
         if model is None:
-            generator = torch.Generator().manual_seed(settings.seed)
-            model = BertForMaskedLM(fresh_config(settings, data), generator)
-        task = MaskedLMTask(
-            data.train,
-            data.val,
-            data.tokenizer,
-            batch_size=settings.batch_size,
-            seed=settings.seed,
-            mlm_probability=settings.mlm_probability,
-            whole_words=settings.whole_word_masking,
-        )
+            model = fresh_model(settings, data, ranks)
+        prepared = time.perf_counter() - began
+        task = masked_lm_task(settings, data)
         settings = as_trained(start, model.config, task.train.seq_len)
         say(settings_line(settings, "pretrain"))
         introduce(model, task, data, settings, runtime, ranks, say)
         with open_shared_run(replace(start, settings=settings), ranks) as run:
             trainer = Trainer(task, model, data.tokenizer, settings, runtime, ranks, run, state=start.state)
+            if start.state is None:
+                trainer.seconds = prepared  # counting is training too: a budget of minutes has to pay for it
             say(f"run folder: {run}")
             return trainer.train()
     finally:
         distributed.leave()
+
+
+def masked_lm_task(settings: Settings, data: MaskedLMData) -> MaskedLMTask:
+    """What is trained, on what."""
+    return MaskedLMTask(
+        data.train,
+        data.val,
+        data.tokenizer,
+        batch_size=settings.batch_size,
+        seed=settings.seed,
+        mlm_probability=settings.mlm_probability,
+        whole_words=settings.whole_word_masking,
+    )
+
+
+def fresh_model(settings: Settings, data: MaskedLMData, ranks: Ranks) -> BertForMaskedLM:
+    """A model at the beginning of its training."""
+    model = BertForMaskedLM(fresh_config(settings, data), torch.Generator().manual_seed(settings.seed))
+    if settings.word_vectors == "counts":
+        give_word_vectors(model, data, settings.seed, ranks)
+    return model
+
+
+def give_word_vectors(model: BertForMaskedLM, data: MaskedLMData, seed: int, ranks: Ranks) -> None:
+    """Put vectors from counts in the place of fresh word embeddings; those that counting cannot tell stay random."""
+    config, tokenizer = model.config, data.tokenizer
+    vectors = torch.zeros(config.vocab_size, config.hidden_size)
+    if ranks.first:
+        counts = np.sum([samples.counts(config.vocab_size) for samples in data.train], axis=0)
+        vectors = word_vectors(data.train, counts, tokenizer.special_ids, config.hidden_size, seed)
+    vectors = ranks.sum(vectors)
+    known = vectors.norm(dim=1, keepdim=True) > 0
+    with torch.no_grad():
+        weight = model.embeddings.word_embeddings.weight
+        weight *= SCALE / config.initializer_range
+        weight[: config.vocab_size] = torch.where(known, vectors, weight[: config.vocab_size])
 
 
 def as_trained(start: Start, config: ModelConfig, seq_len: int) -> Settings:

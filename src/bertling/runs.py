@@ -26,9 +26,9 @@ SEEDS_PLAN = "seeds.json"
 """In a run that is one seed of several: which seeds there are to be, and the runs that are done."""
 # What a run is: a resumed one keeps it.
 FIXED = (
-    "preset size d_model n_layers heads local_attention dropout seq_len batch_size mlm_probability optimizer seed "
-    "whole_word_masking dataset_pattern val_dataset_pattern train_input val_input text_column label_column schedule "
-    "dtype seeds"
+    "preset size d_model n_layers heads local_attention word_vectors dropout seq_len batch_size mlm_probability "
+    "optimizer seed whole_word_masking dataset_pattern val_dataset_pattern train_input val_input text_column "
+    "label_column schedule dtype seeds"
 ).split()
 
 BUSY = (

@@ -74,6 +74,9 @@ class Settings:
         maximum=2**18,
     )
     dropout: float = setting(0.0, "dropout everywhere in the model", finetune=0.1, minimum=0, maximum=0.99)
+    word_vectors: Literal["random", "counts"] = setting(
+        "random", "how fresh word embeddings begin; counts: from which tokens stand side by side", only="pretrain"
+    )
 
     # data
     seq_len: int = setting(128, "tokens in a row, [CLS] and [SEP] among them", minimum=4, maximum=8192)

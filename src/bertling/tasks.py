@@ -249,15 +249,21 @@ def evaluate_classifier(
 ) -> dict[str, Any]:
     """Loss, accuracy, macro_f1 and confusion[true][predicted] over the whole set."""
     truth = labelled.labels_of(dev)
-    predictions = np.zeros_like(truth)
-    loss = 0.0
+    logits = class_logits(model, dev_batches, runtime)
+    loss = float(F.cross_entropy(logits, torch.from_numpy(truth)))
+    predictions = logits.argmax(-1).numpy()
+    num_labels = max(dev.num_labels, int(predictions.max()) + 1)
+    return {"loss": loss, **labelled.classification_scores(truth, predictions, num_labels)}
+
+
+def class_logits(model: nn.Module, dev_batches: Sequence[PlacedBatch], runtime: Runtime) -> Tensor:
+    """What the model says of every text, in the order of the texts: fp32 [N, L], on the CPU."""
     model.eval()
-    for places, batch in dev_batches:
+    places, parts = [], []
+    for indices, batch in dev_batches:
         on_device = batch.to(runtime.device)
         with torch.inference_mode(), runtime.autocast():
-            logits: Tensor = model.forward(on_device.input_ids, on_device.attention_mask)
-        loss += float(F.cross_entropy(logits.float(), on_device.labels, reduction="sum"))
-        predictions[places] = logits.argmax(-1).cpu().numpy()
+            parts.append(model.forward(on_device.input_ids, on_device.attention_mask).float().cpu())
+        places.append(torch.from_numpy(indices))
     model.train()
-    num_labels = max(dev.num_labels, int(predictions.max()) + 1)
-    return {"loss": loss / len(truth), **labelled.classification_scores(truth, predictions, num_labels)}
+    return torch.cat(parts)[torch.cat(places).argsort()]

@@ -40,24 +40,45 @@ def evaluate(
     cp: Path, data: Path, *, text_column: str | None = None, label_column: str | None = None, device: str = "auto"
 ) -> Evaluation:
     """Score a masked language model on a prepared data set, or a classifier on a labelled file."""
-    loaded = load_checkpoint(cp)
-    if head_of(loaded.model) == "none":
-        raise BertlingError(f"{cp}: an encoder without a head has nothing to score; fine-tune it first")
+    loaded = load_for(cp, data)
     # Nothing is compiled: an evaluation is over before that has paid.
     runtime = build_runtime(parse_settings({"device": device, "compile": "false"}))
     loaded.model.to(runtime.device)
     if isinstance(loaded.model, BertForMaskedLM):
-        if data.name.removesuffix(".gz").endswith(TABLES):
-            raise BertlingError(
-                f"{data}: labelled texts, but {cp} is a masked language model: name a data set of 'bertling prepare', "
-                "or a fine-tuned checkpoint"
-            )
         return score_masked_lm(loaded, data, runtime)
-    if data.is_dir():
+    return score_classifier(loaded, texts_for(loaded, data, text_column, label_column), runtime)
+
+
+def load_for(cp: Path, data: Path) -> Loaded:
+    """The checkpoint; refused where it and the data are not of one kind."""
+    loaded = load_checkpoint(cp)
+    if head_of(loaded.model) == "none":
+        raise BertlingError(f"{cp}: an encoder without a head has nothing to score; fine-tune it first")
+    table = data.name.removesuffix(".gz").endswith(TABLES)
+    if isinstance(loaded.model, BertForMaskedLM) and table:
+        raise BertlingError(
+            f"{data}: labelled texts, but {cp} is a masked language model: name a data set of 'bertling prepare', "
+            "or a fine-tuned checkpoint"
+        )
+    if not isinstance(loaded.model, BertForMaskedLM) and data.is_dir():
         raise BertlingError(
             f"{data}: a folder, but {cp} is a classifier: name a file of labelled texts (.tsv .csv .jsonl .parquet)"
         )
-    return score_classifier(loaded, load_labelled(data, text_column=text_column, label_column=label_column), runtime)
+    return loaded
+
+
+def texts_for(loaded: Loaded, data: Path, text_column: str | None, label_column: str | None) -> LabelledTexts:
+    """Labelled texts with the classes numbered as the model's."""
+    texts, config = load_labelled(data, text_column=text_column, label_column=label_column), loaded.model.config
+    if texts.names is not None:
+        texts = check_agree(LabelledTexts(loaded.folder, [], None, config.labels), texts)
+    labels = labels_of(texts)
+    if int(labels.max()) >= config.num_labels:
+        raise BertlingError(
+            f"{texts.path}: label {int(labels.max())}: the model knows {config.num_labels} classes; "
+            "use data of its task"
+        )
+    return texts
 
 
 def score_masked_lm(loaded: Loaded, data: Path, runtime: Runtime) -> Evaluation:
@@ -86,15 +107,7 @@ def score_masked_lm(loaded: Loaded, data: Path, runtime: Runtime) -> Evaluation:
 
 def score_classifier(loaded: Loaded, texts: LabelledTexts, runtime: Runtime) -> Evaluation:
     """Accuracy, macro-F1 and the confusion matrix, beside the share of the commonest class in this file."""
-    config = loaded.model.config
-    if texts.names is not None:
-        texts = check_agree(LabelledTexts(loaded.folder, [], None, config.labels), texts)
     labels = labels_of(texts)
-    if int(labels.max()) >= config.num_labels:
-        raise BertlingError(
-            f"{texts.path}: label {int(labels.max())}: the model knows {config.num_labels} classes; "
-            "use data of its task"
-        )
     seq_len = trained_seq_len(loaded)
     batches = classifier_batches(texts, loaded.tokenizer, seq_len)
     scores = evaluate_classifier(loaded.model, texts, batches, runtime)

@@ -1,0 +1,116 @@
+"""Word vectors from counts: the counts by hand, what the vectors know, and how they get into a model."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from bertling import cooccurrence
+from bertling.checkpoint import load_checkpoint
+from bertling.cooccurrence import SCALE, factorise, neighbour_tables, to_mutual_information, word_vectors
+from bertling.samples import Samples
+from bertling.train import Outcome
+
+CLS, SEP = 2, 3
+SPECIAL = [0, 1, 2, 3, 4]
+
+
+def samples_of(rows: list[list[int]]) -> Samples:
+    return Samples(Path("toy"), len(rows), len(rows[0]), (np.array(rows, dtype=np.uint16),))
+
+
+def counts_of(samples: Samples, vocab_size: int) -> Any:
+    return samples.counts(vocab_size)
+
+
+def two_kinds(count: int = 400) -> tuple[Samples, int]:
+    """Rows in which 5 to 9 and 10 to 14 stand in the same surroundings each: letters and figures, so to speak."""
+    chance = np.random.default_rng(0)
+    rows = []
+    for _ in range(count):
+        kind = chance.integers(2)
+        middle = chance.integers(5 + 5 * kind, 10 + 5 * kind, 3)
+        around = chance.integers(15 + 5 * kind, 20 + 5 * kind, 3)
+        rows.append([CLS, *np.stack([middle, around], 1).reshape(-1).tolist(), SEP])
+    return samples_of(rows), 26  # 25 never occurs
+
+
+def test_neighbours_are_counted_by_place_and_by_distance() -> None:
+    samples = samples_of([[CLS, 5, 6, 5, 7, SEP]])
+    tables = neighbour_tables([samples], counts_of(samples, 8), SPECIAL)
+    # Contexts: 5 (twice), then 6 and 7.
+    left_1, right_1, left_2, right_2, near = (table[5:].tolist() for table in tables)
+    assert left_1 == [[0, 1, 0], [1, 0, 0], [1, 0, 0]]  # before 5: 6; before 6: 5; before 7: 5
+    assert right_1 == [[0, 1, 1], [1, 0, 0], [0, 0, 0]]
+    assert left_2 == [[1, 0, 0], [0, 0, 0], [0, 1, 0]]
+    assert right_2 == [[1, 0, 0], [0, 0, 1], [0, 0, 0]]
+    third = 1 / 3
+    assert near == [
+        pytest.approx([1, 2, 1 + third]),
+        pytest.approx([2, 0, 1 / 2]),
+        pytest.approx([1 + third, 1 / 2, 0]),
+    ]
+    assert not any(table[:5].any() for table in tables)
+
+
+def test_mutual_information_is_positive_and_smoothed() -> None:
+    table = torch.tensor([[9.0, 1.0, 0.0], [1.0, 9.0, 0.0], [0.0, 0.0, 0.0]])
+    to_mutual_information(table)
+    # p(c) is 1/2 for both contexts that occur, smoothed or not: log(0.9 / 0.5), and below zero for 0.1.
+    assert table.tolist() == [pytest.approx([np.log(1.8), 0, 0]), pytest.approx([0, np.log(1.8), 0]), [0, 0, 0]]
+
+
+def test_factors_give_the_table_back() -> None:
+    chance = torch.Generator().manual_seed(0)
+    vectors = torch.randn(40, 6, generator=chance)
+    table = vectors @ vectors.T  # its left singular vectors times the roots of the values are vectors too, turned
+    found = factorise(table, 8, chance)
+    torch.testing.assert_close(found @ found.T, table, rtol=0, atol=1e-4)
+    assert factorise(table[:, :3], 8, chance)[:, 3:].abs().max() < 1e-4, "only so many as the table has"
+
+
+def test_words_of_one_kind_lie_close_together() -> None:
+    samples, vocab_size = two_kinds()
+    vectors = word_vectors([samples], counts_of(samples, vocab_size), SPECIAL, 8, seed=1)
+    assert vectors.shape == (vocab_size, 8)
+    assert not vectors[SPECIAL].any()
+    assert not vectors[25].any(), "a token that never occurs"
+    assert float(vectors[5:25].pow(2).mean().sqrt()) == pytest.approx(SCALE, rel=1e-4)
+    near = torch.nn.functional.normalize(vectors[5:15], dim=1)
+    likeness = near @ near.T
+    assert likeness[:5, :5].min() > likeness[:5, 5:].max()
+    assert torch.equal(vectors, word_vectors([samples], counts_of(samples, vocab_size), SPECIAL, 8, seed=1))
+
+
+def test_a_long_text_is_counted_in_parts_spread_over_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    samples, vocab_size = two_kinds()
+    counts = counts_of(samples, vocab_size)
+    whole = neighbour_tables([samples], counts, SPECIAL)
+    monkeypatch.setattr(cooccurrence, "CHUNK_ROWS", 50)
+    parts = neighbour_tables([samples], counts, SPECIAL)
+    assert all(torch.allclose(a, b) for a, b in zip(whole, parts, strict=True))
+    monkeypatch.setattr(cooccurrence, "MOST_CHUNKS", 2)
+    first_and_last = np.r_[np.arange(50), np.arange(350, 400)]
+    assert (np.concatenate(list(cooccurrence.chunks([samples]))) == samples.fetch(first_and_last)).all()
+
+
+def test_a_text_without_neighbours_gives_zeros() -> None:
+    samples = samples_of([[CLS, 5, SEP]])
+    assert not word_vectors([samples], counts_of(samples, 8), SPECIAL, 4, seed=0).any()
+
+
+def test_a_fresh_model_begins_with_them(train_mlm: Callable[..., Outcome]) -> None:
+    begun = {
+        how: load_checkpoint(train_mlm(word_vectors=how, learning_rate=1e-9, max_iters=1, run_id=how).run).model
+        for how in ("random", "counts")
+    }
+    sizes = {
+        how: float(model.embeddings.word_embeddings.weight[5:].detach().pow(2).mean().sqrt())
+        for how, model in begun.items()
+    }
+    assert sizes["counts"] == pytest.approx(SCALE, rel=0.15)  # those of tokens that do not occur are drawn
+    assert sizes["random"] == pytest.approx(0.0176, rel=0.1)
+    assert not begun["counts"].embeddings.word_embeddings.weight[0].any(), "[PAD] stays zero"
