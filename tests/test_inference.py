@@ -251,6 +251,16 @@ def test_load_reads_what_a_checkpoint_holds(tmp_path: Path) -> None:
         load(tmp_path / "none")
 
 
+def test_matrices_kept_in_bf16_answer_as_if_converted_each_time(tmp_path: Path) -> None:
+    model = make_model(BertForSequenceClassification)
+    write_model(tmp_path, model, TOKENIZER)
+    texts = make_texts(9)
+    loaded = load(tmp_path, BF16)
+    assert loaded.model.encoder.layers[0].mlp.up_proj.weight.dtype == torch.bfloat16
+    assert loaded.model.embeddings.word_embeddings.weight.dtype == torch.float32
+    assert loaded.classify(texts) == Classifier(model, TOKENIZER, BF16).classify(texts)
+
+
 def by_hand(model: BertForMaskedLM, ids: list[int], pooling: str) -> torch.Tensor:
     """One text alone, without padding, as sentence-transformers pools: the mean over its tokens, or the first."""
     with torch.inference_mode():

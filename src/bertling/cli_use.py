@@ -57,24 +57,26 @@ def compare(
     answer(result.to_dict(), result.text(), as_json)
 
 
-def open_model(cp: Path, device: str) -> Any:
+def open_model(cp: Path, device: str, dtype: str) -> Any:
     """The model to ask."""
     from bertling.inference import load
     from bertling.runtime import build_runtime
     from bertling.settings import parse_settings
 
-    return load(cp, build_runtime(parse_settings({"device": device, "dtype": "fp32"})))
+    return load(cp, build_runtime(parse_settings({"device": device, "dtype": dtype})))
 
 
 @click.command()
 @ask_options
 @json_option
 @click.option("-k", "--top-k", type=click.IntRange(1, 1000), default=5, show_default=True, help="answers a mask")
-def fill(texts: tuple[str, ...], input_file: Path | None, cp: Path, device: str, as_json: bool, top_k: int) -> None:
+def fill(
+    texts: tuple[str, ...], input_file: Path | None, cp: Path, device: str, dtype: str, as_json: bool, top_k: int
+) -> None:
     """Say what may stand at [MASK] in a text."""
     from bertling.inference import iter_texts
 
-    model = open_model(cp, device)
+    model = open_model(cp, device, dtype)
     for chunk in iter_texts(texts, input_file):
         for one in model.fill(chunk, top_k=top_k):
             ranked = [", ".join(f"{token} {share:.1%}" for token, share in mask) for mask in one["masks"]]
@@ -85,11 +87,11 @@ def fill(texts: tuple[str, ...], input_file: Path | None, cp: Path, device: str,
 @click.command()
 @ask_options
 @json_option
-def classify(texts: tuple[str, ...], input_file: Path | None, cp: Path, device: str, as_json: bool) -> None:
+def classify(texts: tuple[str, ...], input_file: Path | None, cp: Path, device: str, dtype: str, as_json: bool) -> None:
     """Say which class a text belongs to."""
     from bertling.inference import iter_texts
 
-    model = open_model(cp, device)
+    model = open_model(cp, device, dtype)
     for chunk in iter_texts(texts, input_file):
         for one in model.classify(chunk):
             answer(one, f"{one['label']}\t{one['score']:.3f}\t{one['text']}", as_json)
@@ -130,6 +132,7 @@ def embed(
     input_file: Path | None,
     cp: Path,
     device: str,
+    dtype: str,
     as_json: bool,
     pooling: Any,
     normalize: bool,
@@ -141,7 +144,7 @@ def embed(
     from bertling.vectors import open_vectors
 
     with open_vectors(output, force=force) as sink:
-        model = open_model(cp, device)
+        model = open_model(cp, device, dtype)
         count = 0
         for chunk in iter_texts(texts, input_file):
             vectors = model.embed(chunk, pooling, normalize=normalize)

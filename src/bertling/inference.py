@@ -27,7 +27,8 @@ from bertling.tables import check_text, decode_utf8, open_bytes, shorten
 from bertling.tokenizer import Tokenizer
 from bertling.vectors import Vectors
 
-BATCH_SIZE = 32
+BATCH_TOKENS = 2048
+"""Tokens in a forward pass, padding counted: many short texts at once, or few long ones."""
 CHUNK_LINES = 1024
 MAX_LINE_BYTES = 1 << 20
 
@@ -72,8 +73,10 @@ class _Reader:
     def batches(self, rows: list[list[int]]) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor | None]]:
         """The places of similarly long rows, their input_ids [B, T] and attention_mask [B, T], on the device."""
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-        for start in range(0, len(order), BATCH_SIZE):
-            places = order[start : start + BATCH_SIZE]
+        while order:
+            longest = len(rows[order[-1]]) + 2
+            size = max(1, BATCH_TOKENS // longest)
+            places, order = order[-size:], order[:-size]
             wrapped = [[self.tokenizer.cls_id, *rows[i], self.tokenizer.sep_id] for i in places]
             input_ids, mask = pad_rows(wrapped, self.tokenizer.pad_id, self.limit + 2)
             device = self.runtime.device
@@ -229,6 +232,11 @@ def load(folder: str | Path, runtime: Runtime | None = None) -> Bertling:
     loaded = load_checkpoint(Path(folder))
     assert isinstance(loaded.model, BertEncoder)
     runtime = runtime or Runtime(choose_device("auto"), torch.float32, compile=False)
+    if runtime.dtype != torch.float32:
+        # Kept as they are multiplied, the blocks' matrices need not be converted for every batch.
+        for module in loaded.model.encoder.modules():
+            if isinstance(module, nn.Linear):
+                module.to(runtime.dtype)
     return Bertling(loaded.model, loaded.tokenizer, runtime)
 
 

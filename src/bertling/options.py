@@ -190,5 +190,11 @@ ask_options = together(
     click.option("--input", "input_file", type=PATH, help="file of texts, one a line; - for standard input"),
     model_option(required=True),
     device_option,
+    click.option(
+        "--dtype",
+        default="fp32",
+        show_default=True,
+        help="number format of the matrix products: fp32, bf16, fp16, or auto, the fastest on this machine",
+    ),
 )
 """The model to ask, and the texts to ask it about."""

@@ -1,0 +1,131 @@
+"""How the cost of a training step grows: one thing is changed at a time, everything else stays at the hour's recipe.
+
+    python benchmarks/scaling.py --json scaling.json --plot docs/images/scaling.png
+
+Each point is a process of its own that trains on made-up rows as `bertling pretrain` does; nothing else should run. The
+table goes to standard output. `--processes` trains with 1 and 2 processes too (one thread each, through torchrun).
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from bertling.settings import parse_settings
+from bertling.tools.bench import bench
+from bertling.tools.contestants import Workload, made_up_text
+
+BASE = Workload("modern", 4, 256, 4, 8192, 64, 128, micro_batch_size=16, local_attention=16)
+AXES: dict[str, list[Workload]] = {
+    "rows in a step": [replace(BASE, batch_size=n) for n in (8, 16, 32, 64, 128)],
+    "tokens in a row (8,192 in a step)": [
+        replace(BASE, seq_len=n, batch_size=8192 // n, micro_batch_size=2048 // n)
+        for n in (32, 64, 128, 256, 512, 1024)
+    ],
+    "width": [replace(BASE, width=n, heads=n // 64) for n in (128, 256, 384, 512, 768)],
+    "blocks": [replace(BASE, layers=n) for n in (1, 2, 4, 8, 12)],
+    "vocabulary": [replace(BASE, vocab_size=n) for n in (2048, 8192, 32_768, 65_536)],
+}
+VALUE = {
+    "rows in a step": "batch_size",
+    "tokens in a row (8,192 in a step)": "seq_len",
+    "width": "width",
+    "blocks": "layers",
+    "vocabulary": "vocab_size",
+}
+
+
+def measure(workload: Workload, rounds: int) -> dict[str, Any]:
+    """One point."""
+    settings = vars(parse_settings({"device": "auto"}))
+    given = {name: settings[name] for name in ("device", "dtype", "compile")}
+    report = bench(workload, against=False, rounds=rounds, settings=given, say=lambda text: None)
+    ours = report.contestants[0]
+    return {
+        "workload": asdict(workload),
+        "tokens_per_second": ours.tokens_per_second,
+        "slowest": ours.slowest,
+        "fastest": ours.fastest,
+        "peak_bytes": ours.peak_bytes,
+        "mfu": report.mfu,
+    }
+
+
+def processes(count: int, steps: int) -> dict[str, Any]:
+    """The base workload on so many processes of one thread each: the median of the logged speeds."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "datasets").mkdir()
+        path, tokenizer = made_up_text(folder / "datasets", BASE)
+        path.rename(path.with_name("train_x"))
+        val = folder / "val"
+        val.mkdir()
+        made_up_text(val, BASE)[0].rename(folder / "datasets" / "val_x")
+        tokenizer.save(folder / "vocab")
+        words = f"pretrain --base-dir {folder} --run-id x --preset modern --local-attention 16 --batch-size 64".split()
+        words += f"--optimizer muon --threads 1 --max-iters {steps} --val-interval 1000000".split()
+        words += ["--ddp", "--nproc", str(count)] if count > 1 else ["--micro-batch-size", "16"]
+        subprocess.run([sys.executable, "-m", "bertling", *words], check=True, capture_output=True)
+        lines = (folder / "runs" / "x" / "logs" / "metrics.jsonl").read_text().splitlines()
+    speeds = [entry["perf/tokens_per_s"] for entry in map(json.loads, lines) if "perf/tokens_per_s" in entry]
+    return {"processes": count, "tokens_per_second": statistics.median(speeds[len(speeds) // 4 :])}
+
+
+def plot(results: dict[str, list[dict[str, Any]]], path: Path) -> None:
+    """A panel for each axis: tokens a second, and memory."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, len(AXES), figsize=(16, 3.2), constrained_layout=True)
+    for panel, name in zip(panels, AXES, strict=True):
+        values = [point["workload"][VALUE[name]] for point in results[name]]
+        panel.plot(values, [point["tokens_per_second"] for point in results[name]], "o-", color="#0072B2")
+        panel.set(xscale="log", yscale="log", xlabel=name)
+        panel.set_xticks(values, [f"{value:,}" for value in values], fontsize=7)
+        panel.minorticks_off()
+        other = panel.twinx()
+        other.plot(values, [point["peak_bytes"] / 1e9 for point in results[name]], "s--", color="#D55E00", markersize=4)
+        other.set_ylim(0)
+        other.tick_params(axis="y", labelsize=7, colors="#D55E00")
+        panel.tick_params(axis="y", labelsize=7, colors="#0072B2", which="both")
+    figure.suptitle("tokens a second (blue, log scale) and peak memory in GB (orange)")
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--plot", type=Path)
+    parser.add_argument("--processes", action="store_true")
+    options = parser.parse_args()
+    results = {}
+    for name, workloads in AXES.items():
+        results[name] = [measure(workload, options.rounds) for workload in workloads]
+        print(f"\n| {name} | tokens/s (range) | share of the peak | memory |\n|---|---|---|---|")
+        for point in results[name]:
+            print(
+                f"| {point['workload'][VALUE[name]]:,} | {point['tokens_per_second']:,.0f} ({point['slowest']:,.0f} to "
+                f"{point['fastest']:,.0f}) | {point['mfu']:.0%} | {point['peak_bytes'] / 1e9:.2f} GB |",
+                flush=True,
+            )
+    if options.processes:
+        for count in (1, len(os.sched_getaffinity(0))):
+            point = processes(count, steps=30)
+            print(f"{count} process(es), one thread each: {point['tokens_per_second']:,.0f} tokens/s", flush=True)
+    if options.json:
+        options.json.write_text(json.dumps(results, indent=1))
+    if options.plot:
+        plot(results, options.plot)
+
+
+if __name__ == "__main__":
+    main()
