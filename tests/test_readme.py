@@ -13,11 +13,12 @@ import bertling as package
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 BLOCK = next(block for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL) if "bertling vocab" in block)
-COMMANDS = [shlex.split(line) for line in BLOCK.splitlines()]
+COMMANDS = [shlex.split(line, comments=True) for line in BLOCK.splitlines()]
 REDUCED = {
     "vocab": ["--size", "200"],
     "prepare": ["-m", "128", "--workers", "1"],
     "inspect": [],
+    "plan": [*SMALL, "--probe-steps", "2", "--batch-size", "4"],
     "pretrain": [*SMALL, "--max-iters", "4", "--batch-size", "4"],
     "finetune": ["--train-input", "train.tsv", "--val-input", "dev.tsv", "--max-iters", "4", "--threads", "1"],
     "evaluate": [],
@@ -52,6 +53,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def test_every_command_of_the_readme_runs(answers: dict[str, str]) -> None:
     assert answers.keys() == {*REDUCED, "load"}
     assert "samples" in answers["prepare"]
+    assert "tokens a second" in answers["plan"]
     assert "accuracy" in answers["evaluate"]
     assert "[MASK]:" in answers["fill"]
     assert answers["classify"].split("\t")[0] in {"0", "1"}
