@@ -117,14 +117,14 @@ def main() -> None:
                 f"{point['fastest']:,.0f}) | {point['mfu']:.0%} | {point['peak_bytes'] / 1e9:.2f} GB |",
                 flush=True,
             )
-    if options.processes:
-        for count in (1, len(os.sched_getaffinity(0))):
-            point = processes(count, steps=30)
-            print(f"{count} process(es), one thread each: {point['tokens_per_second']:,.0f} tokens/s", flush=True)
     if options.json:
         options.json.write_text(json.dumps(results, indent=1))
     if options.plot:
         plot(results, options.plot)
+    if options.processes:
+        for count in (1, len(os.sched_getaffinity(0))):
+            point = processes(count, steps=30)
+            print(f"{count} process(es), one thread each: {point['tokens_per_second']:,.0f} tokens/s", flush=True)
 
 
 if __name__ == "__main__":
