@@ -84,16 +84,21 @@ def plot(results: dict[str, list[dict[str, Any]]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    speeds = [point["tokens_per_second"] for points in results.values() for point in points]
+    memory = [point["peak_bytes"] / 1e9 for points in results.values() for point in points]
+    marks = [mark for mark in (n * 10**k for k in range(2, 9) for n in (1, 2, 5)) if min(speeds) <= mark <= max(speeds)]
     figure, panels = pyplot.subplots(1, len(AXES), figsize=(16, 3.2), constrained_layout=True)
     for panel, name in zip(panels, AXES, strict=True):
         values = [point["workload"][VALUE[name]] for point in results[name]]
         panel.plot(values, [point["tokens_per_second"] for point in results[name]], "o-", color="#0072B2")
         panel.set(xscale="log", yscale="log", xlabel=name)
         panel.set_xticks(values, [f"{value:,}" for value in values], fontsize=7)
+        panel.set_ylim(min(speeds) / 1.2, max(speeds) * 1.2)  # the same in all panels: small changes look small
+        panel.set_yticks(marks, [f"{mark:,}" for mark in marks])
         panel.minorticks_off()
         other = panel.twinx()
         other.plot(values, [point["peak_bytes"] / 1e9 for point in results[name]], "s--", color="#D55E00", markersize=4)
-        other.set_ylim(0)
+        other.set_ylim(0, max(memory) * 1.1)
         other.tick_params(axis="y", labelsize=7, colors="#D55E00")
         panel.tick_params(axis="y", labelsize=7, colors="#0072B2", which="both")
     figure.suptitle("tokens a second (blue, log scale) and peak memory in GB (orange)")
