@@ -12,6 +12,7 @@ import pyarrow.parquet
 import pytest
 from commands import SMALL, VOCAB, Ended, World, bertling, make_world, write_labelled
 
+from bertling.checkpoint import load_checkpoint
 from bertling.finetune import FinetuneResult, SeedResult
 from bertling.labelled import load_labelled, summarise_seeds
 from bertling.runtime import Runtime
@@ -206,3 +207,32 @@ def test_labels_of_the_dev_set_are_those_of_training(world: World, tmp_path: Pat
     dev.write_text(write_labelled(tmp_path / "all.tsv", 20).read_text().replace("\t0", "\t7"))
     done = finetune(world, tmp_path, "--cp", world.mlm, "--train-input", world.train, "--val-input", dev)
     assert replace(done, out="").error.startswith(f"{dev}: label '7' does not occur in {world.train}")
+
+
+def test_frozen_blocks_stay_as_they_are(world: World, tmp_path: Path) -> None:
+    (tmp_path / "datasets").symlink_to(world.data)
+    two = [*SMALL, "--n-layers", 2, "--batch-size", 4, "--max-iters", 4, "--base-dir", tmp_path, "--run-id", "two"]
+    assert bertling("pretrain", *two).status == 0
+    mlm = tmp_path / "runs" / "two"
+    inputs = ["--cp", mlm, "--train-input", world.train, "--val-input", world.dev, "--freeze-blocks", 1]
+    assert (
+        finetune(world, tmp_path, *inputs, "--learning-rate", 0.1, "--run-id", "frozen").answer["seeds"][0]["step"] == 2
+    )
+    before = dict(load_checkpoint(mlm).model.named_parameters())
+    after = dict(load_checkpoint(tmp_path / "runs" / "frozen").model.named_parameters())
+    same = {name for name in before.keys() & after.keys() if before[name].equal(after[name])}
+    assert same == {name for name in after if name.startswith(("embeddings.", "encoder.layers.0."))}
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--freeze-blocks", 1], "freeze-blocks 1: must be below the model's number of blocks, 1"),
+        (["--from-scratch", "--freeze-blocks", 1], "freeze-blocks: blocks of random weights must learn"),
+    ],
+)
+def test_something_must_learn(words: list[object], says: str, world: World, tmp_path: Path) -> None:
+    start = [] if "--from-scratch" in words else ["--cp", world.mlm]
+    done = finetune(world, tmp_path, *start, *words, "--train-input", world.train, "--val-input", world.dev)
+    assert done.error.startswith(says)
+    assert not (tmp_path / "runs").exists()

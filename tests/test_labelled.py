@@ -269,21 +269,17 @@ def test_batches_hold_the_right_text_and_little_padding() -> None:
     data = make_texts(6000)
     batches = LabelledBatches(data, TOKENIZER, batch_size=64, seq_len=128, seed=0)
     places = used = 0
-    widths = set()
     for step in range(batches.steps_per_epoch):
         batch = batches.batch(step)
         real = batch.input_ids != TOKENIZER.pad_id
         assert batch.attention_mask is None or torch.equal(batch.attention_mask, real)
         assert batch.attention_mask is not None or bool(real.all())
         places, used = places + real.numel(), used + int(real.sum())
-        widths.add(batch.input_ids.shape[1])
         index = int(batches.indices(step)[0])
         ids = batch.input_ids[0][real[0]].tolist()
         assert ids == [TOKENIZER.cls_id, *TOKENIZER.encode(data.texts[index]), TOKENIZER.sep_id]
         assert int(batch.labels[0]) == labelled.labels_of(data)[index]
-    assert all(width % 8 == 0 for width in widths)
-    assert len(widths) <= 8
-    assert used / places > 0.7  # padding to 128 would give 0.09
+    assert used / places > 0.9  # padding to 128 would give 0.09, widths of whole eights 0.7
     # Nothing sorts the epoch itself: short and long batches come mixed.
     order = [batches.batch(step).input_ids.shape[1] for step in range(20)]
     assert order not in (sorted(order), sorted(order, reverse=True))

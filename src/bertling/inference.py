@@ -78,7 +78,7 @@ class _Reader:
             size = max(1, BATCH_TOKENS // longest)
             places, order = order[-size:], order[:-size]
             wrapped = [[self.tokenizer.cls_id, *rows[i], self.tokenizer.sep_id] for i in places]
-            input_ids, mask = pad_rows(wrapped, self.tokenizer.pad_id, self.limit + 2)
+            input_ids, mask = pad_rows(wrapped, self.tokenizer.pad_id)
             device = self.runtime.device
             yield places, input_ids.to(device), None if mask is None else mask.to(device)
 

@@ -105,7 +105,7 @@ def batch_of(loaded: Loaded) -> tuple[Tensor, Tensor]:
     """The sentences as input_ids and attention_mask [B, T], padded on the right."""
     tokenizer, longest = loaded.tokenizer, loaded.model.config.max_position_embeddings
     rows = [[tokenizer.cls_id, *ids[: longest - 2], tokenizer.sep_id] for ids in tokenizer.encode_batch(SENTENCES)]
-    input_ids, mask = pad_rows(rows, tokenizer.pad_id, longest)
+    input_ids, mask = pad_rows(rows, tokenizer.pad_id)
     return input_ids, torch.ones_like(input_ids) if mask is None else mask.long()
 
 
