@@ -5,6 +5,7 @@ import gzip
 import json
 import lzma
 import pickle
+import re
 import shutil
 import time
 from pathlib import Path
@@ -15,7 +16,7 @@ import pyarrow.parquet
 import pytest
 import torch
 from commands import VOCAB, World, bertling, make_world
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from bertling import files, tables, text, tokenizer
 from bertling.checkpoint import load_checkpoint
@@ -96,9 +97,33 @@ def test_an_old_weights_file_gives_the_same_model(model: Path, zipped: bool) -> 
     old.unlink()
     with pytest.raises(BertlingError, match=r"model\.safetensors: missing"):
         load_checkpoint(model)
-    (model / "model.safetensors.index.json").write_text("{}")
-    with pytest.raises(BertlingError, match="split over several files"):
-        load_checkpoint(model)
+
+
+def test_weights_in_several_files(world: World, tmp_path: Path) -> None:
+    model, checkpoint = tmp_path / "model", world.mlm / "checkpoints" / "best"
+    shutil.copytree(checkpoint, model)
+    (model / "manifest.json").unlink()
+    weights = load_file(model / "model.safetensors")
+    (model / "model.safetensors").unlink()
+    keys = sorted(weights)
+    places = {key: f"part-{place % 2}.safetensors" for place, key in enumerate(keys)}
+    for name in set(places.values()):
+        save_file({key: weights[key] for key in keys if places[key] == name}, model / name)
+    index = model / "model.safetensors.index.json"
+
+    index.write_text(json.dumps({"weight_map": places}))
+    before = load_checkpoint(checkpoint).model.state_dict()
+    assert all(torch.equal(before[name], value) for name, value in load_checkpoint(model).model.state_dict().items())
+    for bad, says in (
+        ({}, "does not say which file holds which weight"),
+        ({"weight_map": places | {keys[0]: 3}}, "does not say which file holds which weight"),
+        ({"weight_map": places | {keys[0]: f"../model/{places[keys[0]]}"}}, "which does not lie in its folder"),
+        ({"weight_map": places | {keys[0]: places[keys[1]]}}, f"{keys[0]} is not in {places[keys[1]]}"),
+        ({"weight_map": places | {keys[0]: "gone.safetensors"}}, "gone.safetensors: missing"),
+    ):
+        index.write_text(json.dumps(bad))
+        with pytest.raises(BertlingError, match=re.escape(says)):
+            load_checkpoint(model)
 
 
 @pytest.mark.parametrize(

@@ -198,16 +198,17 @@ def load_checkpoint(
     id2label: dict[int, str] | None = None,
     dropout: float | None = None,
     generator: torch.Generator | None = None,
+    variant: str | None = None,
 ) -> Loaded:
     """Load a checkpoint or any Hugging Face folder of a known architecture, checking every file, key and shape.
 
     `head` asks for this head (or none) whatever the folder holds: what is fresh then is drawn from `generator` and
-    reported.
+    reported. `variant` names the weights to take where a folder holds several, as in transformers.
     """
     folder = find_checkpoint(folder, "best")
     verify(folder)
     config = read_json(folder / "config.json", "model configuration")
-    weights = read_weights(folder)
+    weights = read_weights(folder, variant)
     tokenizer = Tokenizer.load(folder)
     try:
         model, report = from_hf(
@@ -224,13 +225,15 @@ def load_checkpoint(
     return Loaded(folder, model, tokenizer, report)
 
 
-def read_weights(folder: Path) -> dict[str, Tensor]:
-    """The weights of a model folder: model.safetensors, or else the older pytorch_model.bin."""
+def read_weights(folder: Path, variant: str | None = None) -> dict[str, Tensor]:
+    """The weights of a model folder: model.safetensors, several such files, or the older pytorch_model.bin."""
+    if variant is not None:
+        return read_split(folder / f"model.safetensors.index.{variant}.json")
     new, old, split = (
         folder / name for name in ("model.safetensors", "pytorch_model.bin", "model.safetensors.index.json")
     )
     if split.exists() and not new.exists():
-        raise BertlingError(f"{split}: weights split over several files; save the model again as one file")
+        return read_split(split)
     if new.exists() or not old.exists():
         return read_tensors(new)
     with readable_errors(old), old.open("rb"):
@@ -248,6 +251,21 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     ):
         raise BertlingError(f"{old}: holds no table of tensors; save the model again as model.safetensors")
     return dict(weights)
+
+
+def read_split(index: Path) -> dict[str, Tensor]:
+    """The weights that an index finds in several safetensors files of its folder."""
+    places = read_json(index, "index of weights").get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+        raise BertlingError(f"{index}: does not say which file holds which weight; save the model again")
+    strange = [name for name in places.values() if Path(name).name != name]
+    if strange:
+        raise BertlingError(f"{index}: names {strange[0]}, which does not lie in its folder; save the model again")
+    files = {name: read_tensors(index.with_name(name)) for name in sorted(set(places.values()))}
+    for key, name in places.items():
+        if key not in files[name]:
+            raise BertlingError(f"{index}: {key} is not in {name}; use files that belong together")
+    return {key: files[name][key] for key, name in places.items()}
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

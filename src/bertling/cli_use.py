@@ -1,7 +1,7 @@
 """The commands that use a trained model, or fetch one; the others are in `cli.py`. Parsing and wiring only."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 
@@ -57,13 +57,15 @@ def compare(
     answer(result.to_dict(), result.text(), as_json)
 
 
-def open_model(cp: Path, device: str, dtype: str) -> Any:
-    """The model to ask."""
-    from bertling.inference import load
+def open_model(cp: Path | None, device: str, dtype: str, task: Literal["fill", "classify"] = "fill") -> Any:
+    """The model to ask; without --cp, the one in the box."""
+    from bertling.inference import BOX, load
     from bertling.runtime import build_runtime
     from bertling.settings import parse_settings
 
-    return load(cp, build_runtime(parse_settings({"device": device, "dtype": dtype})))
+    if cp is None:
+        say(f"model: the one that comes with bertling ({BOX / 'README.md'}); --cp takes your own")
+    return load(cp, build_runtime(parse_settings({"device": device, "dtype": dtype})), task=task)
 
 
 @click.command()
@@ -71,7 +73,7 @@ def open_model(cp: Path, device: str, dtype: str) -> Any:
 @json_option
 @click.option("-k", "--top-k", type=click.IntRange(1, 1000), default=5, show_default=True, help="answers a mask")
 def fill(
-    texts: tuple[str, ...], input_file: Path | None, cp: Path, device: str, dtype: str, as_json: bool, top_k: int
+    texts: tuple[str, ...], input_file: Path | None, cp: Path | None, device: str, dtype: str, as_json: bool, top_k: int
 ) -> None:
     """Say what may stand at [MASK] in a text."""
     from bertling.inference import iter_texts
@@ -87,11 +89,13 @@ def fill(
 @click.command()
 @ask_options
 @json_option
-def classify(texts: tuple[str, ...], input_file: Path | None, cp: Path, device: str, dtype: str, as_json: bool) -> None:
+def classify(
+    texts: tuple[str, ...], input_file: Path | None, cp: Path | None, device: str, dtype: str, as_json: bool
+) -> None:
     """Say which class a text belongs to."""
     from bertling.inference import iter_texts
 
-    model = open_model(cp, device, dtype)
+    model = open_model(cp, device, dtype, "classify")
     for chunk in iter_texts(texts, input_file):
         for one in model.classify(chunk):
             answer(one, f"{one['label']}\t{one['score']:.3f}\t{one['text']}", as_json)
@@ -130,7 +134,7 @@ def summary(cp: Path | None, preset: str, size: str, vocab_size: int, as_json: b
 def embed(
     texts: tuple[str, ...],
     input_file: Path | None,
-    cp: Path,
+    cp: Path | None,
     device: str,
     dtype: str,
     as_json: bool,

@@ -6,7 +6,7 @@ Shapes: B texts, T tokens, D hidden, M masked places, V vocabulary, L classes.
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, TypedDict
+from typing import IO, Literal, TypedDict
 
 import numpy as np
 import torch
@@ -29,6 +29,8 @@ from bertling.vectors import Vectors
 
 BATCH_TOKENS = 2048
 """Tokens in a forward pass, padding counted: many short texts at once, or few long ones."""
+BOX = Path(__file__).with_name("box")
+"""The model that comes with the package; box/README.md is its card."""
 CHUNK_LINES = 1024
 MAX_LINE_BYTES = 1 << 20
 
@@ -225,11 +227,21 @@ class Bertling:
         return self._embedder.embed(texts, pooling, normalize=normalize)
 
 
-def load(folder: str | Path, runtime: Runtime | None = None) -> Bertling:
-    """The model in a run, checkpoint or Hugging Face folder, ready to use; by default in fp32 on the best device."""
+def load(
+    folder: str | Path | None = None, runtime: Runtime | None = None, *, task: Literal["fill", "classify"] = "fill"
+) -> Bertling:
+    """The model in a run, checkpoint or Hugging Face folder, ready to use; by default in fp32 on the best device.
+
+    Without a folder: the model in the box, with its head for masked words or for sentiment, as `task` says.
+    """
     from bertling.checkpoint import load_checkpoint
 
-    loaded = load_checkpoint(Path(folder))
+    if folder is not None:
+        loaded = load_checkpoint(Path(folder))
+    elif task == "fill":
+        loaded = load_checkpoint(BOX)
+    else:
+        loaded = load_checkpoint(BOX, head="classification", variant="sst2")
     assert isinstance(loaded.model, BertEncoder)
     runtime = runtime or Runtime(choose_device("auto"), torch.float32, compile=False)
     if runtime.dtype != torch.float32:

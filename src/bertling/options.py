@@ -188,7 +188,9 @@ prepare_options = together(
 ask_options = together(
     click.argument("texts", nargs=-1),
     click.option("--input", "input_file", type=PATH, help="file of texts, one a line; - for standard input"),
-    model_option(required=True),
+    click.option(
+        "--cp", type=PATH, help="run, checkpoint or Hugging Face model folder  [default: the model in the box]"
+    ),
     device_option,
     click.option(
         "--dtype",
