@@ -1,18 +1,22 @@
 """How the cost of a training step grows: one thing is changed at a time, everything else stays at the hour's recipe.
 
     python benchmarks/scaling.py --json scaling.json --plot docs/images/scaling.png
+    python benchmarks/scaling.py --corpus wiki.train.txt --vocab wiki/vocab
 
 Each point is a process of its own that trains on made-up rows as `bertling pretrain` does; nothing else should run. The
 table goes to standard output. `--processes` trains with 1 and 2 processes too (one thread each, through torchrun).
+`--corpus` prepares beginnings of a text file instead, of several sizes, with one worker and with one a core.
 """
 
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -77,6 +81,37 @@ def processes(count: int, steps: int) -> dict[str, Any]:
     return {"processes": count, "tokens_per_second": statistics.median(speeds[len(speeds) // 4 :])}
 
 
+def preparing(text: Path, vocab: Path, rounds: int) -> None:
+    """`bertling prepare` on the first 25, 50, 100 ... million bytes of a text, whole process: a table."""
+    whole = text.stat().st_size
+    sizes = [size for size in (25_000_000 * 2**k for k in range(8)) if size < whole] + [whole]
+    print("| text | workers | seconds (range) | MB a second | largest process |\n|---|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as name:
+        part = Path(name) / "part.txt"
+        for size in sizes:
+            with text.open("rb") as file:
+                part.write_bytes(file.read(size).decode(errors="ignore").encode())  # no half character at the end
+            for workers in sorted({1, len(os.sched_getaffinity(0))}):
+                words = ["prepare", "-i", str(part), "-l", "x", "-o", f"{name}/datasets", "-m", "128", "-v", str(vocab)]
+                command = [sys.executable, "-m", "bertling", *words, "--workers", str(workers), "--force"]
+                seconds, peak = [], 0
+                for _ in range(rounds):
+                    shutil.rmtree(Path(name) / "datasets", ignore_errors=True)  # token ids are kept there to use again
+                    started = time.perf_counter()
+                    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+                    _, status, usage = os.wait4(process.pid, 0)
+                    seconds.append(time.perf_counter() - started)
+                    if status:
+                        sys.exit(f"failed: {' '.join(command)}")
+                    peak = max(peak, usage.ru_maxrss)
+                middle = statistics.median(seconds)
+                print(
+                    f"| {size / 1e6:,.0f} MB | {workers} | {middle:.1f} ({min(seconds):.1f} to {max(seconds):.1f}) | "
+                    f"{size / 1e6 / middle:.1f} | {peak / 2**20:.2f} GiB |",
+                    flush=True,
+                )
+
+
 def plot(results: dict[str, list[dict[str, Any]]], path: Path) -> None:
     """A panel for each axis: tokens a second, and memory."""
     import matplotlib
@@ -111,7 +146,12 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--processes", action="store_true")
+    parser.add_argument("--corpus", type=Path)
+    parser.add_argument("--vocab", type=Path)
     options = parser.parse_args()
+    if options.corpus:
+        preparing(options.corpus, options.vocab, options.rounds)
+        return
     results = {}
     for name, workloads in AXES.items():
         results[name] = [measure(workload, options.rounds) for workload in workloads]
