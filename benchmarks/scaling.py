@@ -84,32 +84,37 @@ def processes(count: int, steps: int) -> dict[str, Any]:
 def preparing(text: Path, vocab: Path, rounds: int) -> None:
     """`bertling prepare` on the first 25, 50, 100 ... million bytes of a text, whole process: a table."""
     whole = text.stat().st_size
-    sizes = [size for size in (25_000_000 * 2**k for k in range(8)) if size < whole] + [whole]
-    print("| text | workers | seconds (range) | MB a second | largest process |\n|---|---|---|---|---|")
+    sizes = [size for size in (25_000_000 * 2**k for k in range(8)) if size < 0.9 * whole] + [whole]
+    print("| text | workers | seconds (range) | MB a second |\n|---|---|---|---|")
     with tempfile.TemporaryDirectory() as name:
         part = Path(name) / "part.txt"
         for size in sizes:
-            with text.open("rb") as file:
-                part.write_bytes(file.read(size).decode(errors="ignore").encode())  # no half character at the end
+            beginning(text, part, size)
             for workers in sorted({1, len(os.sched_getaffinity(0))}):
                 words = ["prepare", "-i", str(part), "-l", "x", "-o", f"{name}/datasets", "-m", "128", "-v", str(vocab)]
-                command = [sys.executable, "-m", "bertling", *words, "--workers", str(workers), "--force"]
-                seconds, peak = [], 0
+                command = [sys.executable, "-m", "bertling", *words, "--workers", str(workers)]
+                seconds = []
                 for _ in range(rounds):
                     shutil.rmtree(Path(name) / "datasets", ignore_errors=True)  # token ids are kept there to use again
                     started = time.perf_counter()
-                    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-                    _, status, usage = os.wait4(process.pid, 0)
+                    subprocess.run(command, check=True, capture_output=True)
                     seconds.append(time.perf_counter() - started)
-                    if status:
-                        sys.exit(f"failed: {' '.join(command)}")
-                    peak = max(peak, usage.ru_maxrss)
                 middle = statistics.median(seconds)
                 print(
                     f"| {size / 1e6:,.0f} MB | {workers} | {middle:.1f} ({min(seconds):.1f} to {max(seconds):.1f}) | "
-                    f"{size / 1e6 / middle:.1f} | {peak / 2**20:.2f} GiB |",
+                    f"{size / 1e6 / middle:.1f} |",
                     flush=True,
                 )
+
+
+def beginning(text: Path, part: Path, size: int) -> None:
+    """Write the whole lines within the first `size` bytes."""
+    with text.open("rb") as source, part.open("wb") as target:
+        for line in source:
+            size -= len(line)
+            if size < 0:
+                break
+            target.write(line)
 
 
 def plot(results: dict[str, list[dict[str, Any]]], path: Path) -> None:
