@@ -16,10 +16,11 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
+
+from peers import timed
 
 from bertling.settings import parse_settings
 from bertling.tools.bench import bench
@@ -96,9 +97,7 @@ def preparing(text: Path, vocab: Path, rounds: int) -> None:
                 seconds = []
                 for _ in range(rounds):
                     shutil.rmtree(Path(name) / "datasets", ignore_errors=True)  # token ids are kept there to use again
-                    started = time.perf_counter()
-                    subprocess.run(command, check=True, capture_output=True)
-                    seconds.append(time.perf_counter() - started)
+                    seconds.append(timed(command))
                 middle = statistics.median(seconds)
                 print(
                     f"| {size / 1e6:,.0f} MB | {workers} | {middle:.1f} ({min(seconds):.1f} to {max(seconds):.1f}) | "
@@ -154,6 +153,8 @@ def main() -> None:
     parser.add_argument("--corpus", type=Path)
     parser.add_argument("--vocab", type=Path)
     options = parser.parse_args()
+    if (options.corpus is None) != (options.vocab is None):
+        parser.error("--corpus and --vocab go together")
     if options.corpus:
         preparing(options.corpus, options.vocab, options.rounds)
         return
