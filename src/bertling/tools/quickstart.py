@@ -346,8 +346,8 @@ class Tour:
             "Fine-tuning",
             f"What it knows of language now serves a task: telling good news from bad in {self.dev_sentences} short "
             "sentences, after a look at a few hundred others. The layers are kept, the part that guessed tokens gives "
-            "way to a small classifier on the first token, [CLS]. Manuals say little about good and bad, so it may do "
-            "no better than one from scratch: broader text and longer training change that.",
+            "way to a small classifier on the mean over all tokens. Manuals say little about good and bad, so it may "
+            "do no better than one from scratch: broader text and longer training change that.",
         )
         values = {"base-dir": str(self.folder), "run-id": SENTIMENT}
         values |= {"train-input": str(train), "val-input": str(dev)} | FINETUNING
