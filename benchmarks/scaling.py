@@ -20,10 +20,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from peers import timed
-
 from bertling.settings import parse_settings
 from bertling.tools.bench import bench
+from bertling.tools.comparisons import timed
 from bertling.tools.contestants import Workload, made_up_text
 
 BASE = Workload("modern", 4, 256, 4, 8192, 64, 128, micro_batch_size=16, local_attention=16)

@@ -1,6 +1,8 @@
 """What the benchmark counts is what is computed, and its contestants do the same work."""
 
 import json
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,8 +10,13 @@ import torch
 from commands import bertling
 from torch.utils.flop_counter import FlopCounterMode
 
+from bertling.files import BertlingError
+from bertling.inference import BOX
 from bertling.model import BertForMaskedLM
+from bertling.samples import open_samples
+from bertling.tools import comparisons, programs
 from bertling.tools.bench import Measured, Report, flops
+from bertling.tools.comparisons import Bench, Comparison, compare
 from bertling.tools.contestants import Workload
 
 TINY = "--batch-size 4 --seq-len 32 --vocab-size 128 --rounds 1 --device cpu --dtype fp32".split()
@@ -58,3 +65,71 @@ def test_bench_against_the_stock_class(capfd: Any) -> None:
 def test_what_cannot_be_compared_is_refused() -> None:
     assert "the preset seed has no stock class" in bertling("bench", "--preset", "seed", "--against", "hf", *TINY).error
     assert "no such preset" in bertling("bench", "--preset", "gpt", *TINY).error
+
+
+def quiet(line: str) -> None:
+    """Tell nobody."""
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Bench:
+    """One round over little material, with the peers."""
+    data = tmp_path / "some.tsv"
+    data.write_text("sentence\tlabel\n" + "a good film\t1\nbad\t0\nnot so bad , really\t1\n" * 10)
+    text = tmp_path / "some.txt"
+    text.write_text("a gorgeous , witty movie about nothing . " * 400)
+    folder = tmp_path / "bench"
+    folder.mkdir()
+    return Bench(folder, True, 1, "cpu", 1, quiet, text, BOX, data)
+
+
+def test_ours_and_the_peer_prepare_the_same_rows(tiny: Bench, tmp_path: Path) -> None:
+    pytest.importorskip("datasets")
+    assert tiny.text is not None
+    theirs = programs.prepare(str(tiny.text), str(BOX / "vocab.txt"), str(tmp_path / "cache"), 128, 1)
+    words = ["-i", tiny.text, "-l", "x", "-o", tmp_path / "ours", "-m", "128", "-v", BOX]
+    assert bertling("prepare", *map(str, words)).status == 0
+    (train,) = (tmp_path / "ours").glob("train_*")
+    assert open_samples(train).rows == theirs["rows"] > 10
+
+
+def test_every_kind_of_work_against_the_usual_tools(tiny: Bench) -> None:
+    pytest.importorskip("datasets")
+    pytest.importorskip("accelerate")
+    done = [
+        tiny.prepare(),
+        tiny.batches(rows=2, steps=2),
+        tiny.finetune(batch=2, steps=1),
+        tiny.classify(),
+        tiny.startup(),
+    ]
+    for one in done:
+        assert all(len(values) == 1 and values[0] > 0 for values in one.seconds.values()), one
+    assert [len(one.seconds) for one in done] == [2, 3, 3, 3, 1]
+    assert "30 texts" in done[3].what
+
+
+def test_without_peers_and_without_material(tmp_path: Path) -> None:
+    ended = bertling("bench", "batches", "startup", "--rounds", "1", "--json")
+    assert ended.status == 0, ended.err
+    batches, startup = map(json.loads, ended.out.splitlines())
+    assert batches["unit"] == "tokens"
+    assert list(batches["seconds"]) == ["bertling"]
+    assert startup["ratios"] == {}
+
+
+def test_a_comparison_in_words() -> None:
+    told = Comparison("sing", "songs", 6, {"ours": [1.0, 2.0, 3.0], "theirs": [2.0, 6.0, 6.0]}).text()
+    assert told.splitlines()[1].split() == "ours 3.0 songs/s (2 s, 1 to 3)".split()
+    assert told.endswith("2.00 times as fast as theirs (2.00 to 3.00 over the rounds)")
+
+
+def test_what_a_comparison_lacks_is_said_at_once(tiny: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(comparisons, "find_spec", lambda name: None if name == "datasets" else True)
+    with pytest.raises(BertlingError, match=r"--against hf needs datasets.*bertling\[bench\]"):
+        compare(["startup", "prepare"], tiny)
+    assert "not found" in bertling("bench", "classify", "--data", "nowhere.tsv").error
+    with pytest.raises(BertlingError, match=r"reads plain text, named \.txt"):
+        replace(tiny, text=Path("some.txt.xz")).prepare()
+    with pytest.raises(BertlingError, match=r"batches_ours: .*nowhere"):
+        comparisons.told(comparisons.program("batches_ours", {"data": "nowhere", "vocab": BOX}, steps=1, batch=1))

@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -288,44 +289,65 @@ def verify_resume(
 
 
 @cli.command()
-@click.option("--preset", help="modern, bert, distilbert or seed  [default: three workloads of ours]")
-@click.option("--size", default="mini", show_default=True, help="mini, small or base")
-@click.option("--vocab-size", type=click.IntRange(64, 200_000), default=8192, show_default=True)
-@click.option("--batch-size", type=click.IntRange(1), default=64, show_default=True)
-@click.option("--micro-batch-size", type=click.IntRange(1), help="rows per forward pass  [default: all]")
-@click.option("--seq-len", type=click.IntRange(8, 8192), default=128, show_default=True)
-@click.option("--against", type=click.Choice(["hf"]), help="the stock class too, at its defaults and at its best")
+@click.argument("rows", nargs=-1, type=click.Choice(["step", "prepare", "batches", "finetune", "classify", "startup"]))
+@click.option("--preset", help="step: modern, bert, distilbert or seed  [default: three workloads of ours]")
+@click.option("--size", default="mini", show_default=True, help="step: mini, small or base")
+@click.option("--vocab-size", type=click.IntRange(64, 200_000), default=8192, show_default=True, help="step: entries")
+@click.option("--batch-size", type=click.IntRange(1), default=64, show_default=True, help="step: rows")
+@click.option("--micro-batch-size", type=click.IntRange(1), help="step: rows per forward pass  [default: all]")
+@click.option("--seq-len", type=click.IntRange(8, 8192), default=128, show_default=True, help="step: tokens in a row")
+@click.option("--dtype", default="auto", show_default=True, help="step, ours: auto, bf16, fp16 or fp32")
+@click.option("--compile", "compiled", default="auto", show_default=True, help="step, ours: auto, true or false")
+@click.option("--text", type=PATH, help="prepare: a .txt file  [default: this machine's documentation prose]")
+@click.option("--data", type=PATH, help="finetune, classify: labelled texts  [default: those of the demo]")
+@click.option("--vocab", type=PATH, help="not for step: vocabulary  [default: the box's, filled up to 30,522 entries]")
+@click.option("--against", type=click.Choice(["hf"]), help="the usual tools too, at their defaults and at their best")
 @click.option("--rounds", type=click.IntRange(1, 100), default=5, show_default=True, help="turns of each")
-@click.option("--dtype", default="auto", show_default=True, help="ours: auto, bf16, fp16 or fp32")
-@click.option("--compile", "compiled", default="auto", show_default=True, help="ours: auto, true or false")
 @device_option
 @json_option
 def bench(
+    rows: tuple[str, ...],
     preset: str | None,
     size: str,
     vocab_size: int,
     batch_size: int,
     micro_batch_size: int | None,
     seq_len: int,
-    against: str | None,
-    rounds: int,
     dtype: str,
     compiled: str,
+    text: Path | None,
+    data: Path | None,
+    vocab: Path | None,
+    against: str | None,
+    rounds: int,
     device: str,
     as_json: bool,
 ) -> None:
-    """Measure pre-training steps, by themselves or against the stock class of transformers."""
+    """Measure how fast each kind of work is, by itself or against the usual tools of Hugging Face.
+
+    ROWS are step (a pre-training step: time by phase, FLOPs, share of the machine's peak), prepare, batches, finetune,
+    classify and startup; without any of them all are measured, or step alone where a preset is named.
+    """
+    from bertling.runtime import available_cores, choose_device
     from bertling.tools.bench import WORKLOADS, sized_workload
     from bertling.tools.bench import bench as run_bench
+    from bertling.tools.comparisons import COMPARISONS, Bench, compare
 
-    workloads = WORKLOADS
-    if preset is not None:
-        workloads = (sized_workload(preset, size, vocab_size, batch_size, seq_len, micro_batch_size),)
-    settings = vars(parse_settings({"device": device, "dtype": dtype, "compile": compiled}))
-    given = {name: settings[name] for name in ("device", "dtype", "compile")}
-    for workload in workloads:
-        report = run_bench(workload, against=against is not None, rounds=rounds, settings=given, say=say)
-        answer(report.to_dict(), report.text(), as_json)
+    rows = rows or (("step",) if preset is not None else ("step", *COMPARISONS))
+    with tempfile.TemporaryDirectory(prefix="bertling-bench-") as folder:
+        where = Path(folder), against is not None, rounds, str(choose_device(device)), available_cores(), say
+        comparisons = compare([row for row in rows if row != "step"], Bench(*where, text, vocab, data))
+        if "step" in rows:
+            workloads = WORKLOADS
+            if preset is not None:
+                workloads = (sized_workload(preset, size, vocab_size, batch_size, seq_len, micro_batch_size),)
+            settings = vars(parse_settings({"device": device, "dtype": dtype, "compile": compiled}))
+            given = {name: settings[name] for name in ("device", "dtype", "compile")}
+            for workload in workloads:
+                report = run_bench(workload, against=against is not None, rounds=rounds, settings=given, say=say)
+                answer(report.to_dict(), report.text(), as_json)
+        for comparison in comparisons:
+            answer(comparison.to_dict(), comparison.text(), as_json)
 
 
 for command in USE_COMMANDS:

@@ -21,6 +21,7 @@ from bertling.model import ModelConfig
 from bertling.presets import preset_config
 from bertling.runtime import build_runtime
 from bertling.settings import Settings
+from bertling.tools.comparisons import ratio_lines, round_by_round
 from bertling.tools.contestants import CONTESTANTS, PHASES, Ours, Stock, Workload, peak_memory, wait
 
 Say = Callable[[str], None]
@@ -146,12 +147,7 @@ class Report:
 
     def ratios(self) -> dict[str, tuple[float, float, float]]:
         """How many times as fast we are: median, lowest and highest over the rounds, each round for itself."""
-        ours = self.contestants[0].seconds
-        result = {}
-        for other in self.contestants[1:]:
-            each = sorted(theirs / mine for mine, theirs in zip(ours, other.seconds, strict=True))
-            result[other.contestant] = (statistics.median(each), each[0], each[-1])
-        return result
+        return round_by_round({one.contestant: one.seconds for one in self.contestants})
 
     def to_dict(self) -> dict[str, Any]:
         """For --json."""
@@ -172,9 +168,7 @@ class Report:
             f"  {self.flops_per_step / 1e9:,.1f} GFLOP a step; measured peak {self.peak_flops / 1e9:,.0f} GFLOP/s; "
             f"used {self.mfu:.1%}"
         )
-        for name, (middle, low, high) in self.ratios().items():
-            lines.append(f"  {middle:.2f} times as fast as {name} ({low:.2f} to {high:.2f} over the rounds)")
-        return "\n".join(lines)
+        return "\n".join(lines + ratio_lines(self.ratios()))
 
 
 def bench(workload: Workload, *, against: bool, rounds: int, settings: dict[str, Any], say: Say) -> Report:
