@@ -86,27 +86,29 @@ def tiny(tmp_path: Path) -> Bench:
 def test_ours_and_the_peer_prepare_the_same_rows(tiny: Bench, tmp_path: Path) -> None:
     pytest.importorskip("datasets")
     assert tiny.text is not None
-    theirs = programs.prepare(str(tiny.text), str(BOX / "vocab.txt"), str(tmp_path / "cache"), 128, 1)
-    words = ["-i", tiny.text, "-l", "x", "-o", tmp_path / "ours", "-m", "128", "-v", BOX]
+    theirs = programs.prepare(str(tiny.text), str(BOX), str(tmp_path / "cache"), 128, 1)
+    words = ["-i", tiny.text, "-l", "x", "-o", tmp_path / "ours", "-m", "128", "-v", BOX, "--split", "1,0,0"]
     assert bertling("prepare", *map(str, words)).status == 0
     (train,) = (tmp_path / "ours").glob("train_*")
     assert open_samples(train).rows == theirs["rows"] > 10
 
 
-def test_every_kind_of_work_against_the_usual_tools(tiny: Bench) -> None:
+@pytest.mark.parametrize(
+    ("kind", "more", "sides"),
+    [
+        ("prepare", {}, 2),
+        ("batches", {"rows": 2, "steps": 2}, 3),
+        ("finetune", {"batch": 2, "steps": 1}, 3),
+        ("classify", {}, 3),
+        ("startup", {}, 1),
+    ],
+)
+def test_each_kind_of_work_beside_the_usual_tools(tiny: Bench, kind: str, more: dict[str, int], sides: int) -> None:
     pytest.importorskip("datasets")
     pytest.importorskip("accelerate")
-    done = [
-        tiny.prepare(),
-        tiny.batches(rows=2, steps=2),
-        tiny.finetune(batch=2, steps=1),
-        tiny.classify(),
-        tiny.startup(),
-    ]
-    for one in done:
-        assert all(len(values) == 1 and values[0] > 0 for values in one.seconds.values()), one
-    assert [len(one.seconds) for one in done] == [2, 3, 3, 3, 1]
-    assert "30 texts" in done[3].what
+    done = getattr(tiny, kind)(**more)
+    assert len(done.seconds) == sides
+    assert all(len(values) == 1 and values[0] > 0 for values in done.seconds.values())
 
 
 def test_without_peers_and_without_material(tmp_path: Path) -> None:

@@ -135,7 +135,7 @@ class Bench:
 
         def theirs() -> float:
             with tempfile.TemporaryDirectory(dir=self.folder) as output:
-                given = {"text": text, "vocab": vocab / "vocab.txt", "folder": output}
+                given = {"text": text, "vocab": vocab, "folder": output}
                 return timed(program("prepare", given, length=128, processes=self.cores))
 
         what = f"prepare {size:,.1f} MB of text, {self.cores} processes"
@@ -159,7 +159,7 @@ class Bench:
             return told(program("batches_ours", {"data": data, "vocab": folder}, steps=steps, batch=rows))
 
         def theirs(workers: int) -> Callable[[], float]:
-            given = {"vocab": folder / "vocab.txt", "rows": folder / "rows.npy"}
+            given = {"vocab": folder, "rows": folder / "rows.npy"}
             return lambda: told(program("batches_theirs", given, steps=steps, batch=rows, workers=workers))
 
         return self.run(
@@ -181,7 +181,7 @@ class Bench:
         def side(name: str, **more: Any) -> Callable[[], float]:
             def run() -> float:
                 with tempfile.TemporaryDirectory(dir=self.folder) as output:
-                    given = {"data": data, "vocab": vocab / "vocab.txt", "folder": output}
+                    given = {"data": data, "vocab": vocab, "folder": output}
                     return told(program(name, given, steps=steps, batch=batch, device=self.device, **more))
 
             return run

@@ -15,10 +15,10 @@ WARM_UP = 10
 
 
 def stock_tokenizer(vocab: str) -> Any:
-    """BertTokenizerFast on a vocab.txt."""
+    """BertTokenizerFast on a vocabulary folder of ours."""
     import transformers
 
-    return transformers.BertTokenizerFast(vocab_file=vocab)
+    return transformers.BertTokenizerFast.from_pretrained(vocab)
 
 
 def prepare(text: str, vocab: str, folder: str, length: int, processes: int) -> dict[str, Any]:
