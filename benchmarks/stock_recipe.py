@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 
@@ -49,7 +50,7 @@ class Rows(torch.utils.data.Dataset[dict[str, Any]]):
         return self.samples.rows
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        ids = torch.from_numpy(self.samples.fetch([index])[0])
+        ids = torch.from_numpy(self.samples.fetch(np.array([index]))[0])
         return {"input_ids": ids, "special_tokens_mask": torch.isin(ids, self.special).long()}
 
 
