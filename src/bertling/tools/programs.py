@@ -135,8 +135,9 @@ def finetune_theirs(
 
 
 def finetune_ours(data: str, vocab: str, folder: str, steps: int, batch: int, device: str) -> dict[str, Any]:
-    """The same model by `bertling finetune`, with an eye on the clock."""
-    from bertling.cli import cli
+    """The same model as `bertling finetune` trains it, with an eye on the clock."""
+    from bertling.finetune import finetune
+    from bertling.runs import resolve_start
     from bertling.train import Trainer
 
     times: list[float] = []
@@ -148,13 +149,13 @@ def finetune_ours(data: str, vocab: str, folder: str, steps: int, batch: int, de
         return loss
 
     Trainer.train_step = watched  # type: ignore[method-assign]
-    words = {
-        "--preset": "bert", "--size": "base", "--n-layers": 6, "--vocab": vocab, "--train-input": data,
-        "--val-input": f"{data}.dev.parquet", "--base-dir": folder, "--max-iters": WARM_UP + steps,
-        "--batch-size": batch, "--val-interval": 10**6, "--device": device,
+    flags = {
+        "preset": "bert", "size": "base", "n_layers": 6, "vocab": Path(vocab), "train_input": Path(data),
+        "val_input": Path(f"{data}.dev.parquet"), "base_dir": Path(folder), "max_iters": WARM_UP + steps,
+        "batch_size": batch, "val_interval": 10**6, "device": device,
     }  # fmt: skip
-    command = ["finetune", "--from-scratch", *(str(word) for pair in words.items() for word in pair)]
-    cli.main(command, standalone_mode=False)
+    start = resolve_start("finetune", [], flags, cp=None, resume=False)
+    finetune(start, lambda line: None, from_scratch=True)
     return {"seconds": times[-1] - times[WARM_UP - 1]}
 
 
