@@ -300,7 +300,9 @@ def verify_resume(
 @click.option("--compile", "compiled", default="auto", show_default=True, help="step, ours: auto, true or false")
 @click.option("--text", type=PATH, help="prepare: a .txt file  [default: this machine's documentation prose]")
 @click.option("--data", type=PATH, help="finetune, classify: labelled texts  [default: those of the demo]")
-@click.option("--vocab", type=PATH, help="not for step: vocabulary  [default: the box's, filled up to 30,522 entries]")
+@click.option(
+    "--vocab", type=PATH, help="prepare, finetune, classify: vocabulary  [default: the box's, filled up to 30,522]"
+)
 @click.option("--against", type=click.Choice(["hf"]), help="the usual tools too, at their defaults and at their best")
 @click.option("--rounds", type=click.IntRange(1, 100), default=5, show_default=True, help="turns of each")
 @device_option

@@ -109,7 +109,7 @@ def finetune_theirs(
     table = table.map(lambda rows: tokenizer(rows["sentence"], truncation=True, max_length=128), batched=True)
     shape = {"hidden_size": 768, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 3072}
     model = transformers.BertForSequenceClassification(
-        transformers.BertConfig(vocab_size=len(tokenizer), num_labels=2, **shape)
+        transformers.BertConfig(vocab_size=len(tokenizer), num_labels=max(table["label"]) + 1, **shape)
     )
     times: list[float] = []
 
