@@ -209,17 +209,20 @@ def test_labels_of_the_dev_set_are_those_of_training(world: World, tmp_path: Pat
     assert replace(done, out="").error.startswith(f"{dev}: label '7' does not occur in {world.train}")
 
 
-def test_frozen_blocks_stay_as_they_are(world: World, tmp_path: Path) -> None:
+@pytest.mark.parametrize("task", ["pretrain", "finetune"])
+def test_frozen_blocks_stay_as_they_are(task: str, world: World, tmp_path: Path) -> None:
     (tmp_path / "datasets").symlink_to(world.data)
-    two = [*SMALL, "--n-layers", 2, "--batch-size", 4, "--max-iters", 4, "--base-dir", tmp_path, "--run-id", "two"]
-    assert bertling("pretrain", *two).status == 0
+    begin = [*SMALL, "--n-layers", 2, "--batch-size", 4, "--max-iters", 4, "--base-dir", tmp_path, "--run-id", "two"]
+    assert bertling("pretrain", *begin).status == 0
     mlm = tmp_path / "runs" / "two"
-    inputs = ["--cp", mlm, "--train-input", world.train, "--val-input", world.dev, "--freeze-blocks", 1]
-    assert (
-        finetune(world, tmp_path, *inputs, "--learning-rate", 0.1, "--run-id", "frozen").answer["seeds"][0]["step"] == 2
-    )
+    words = ["--cp", mlm, "--freeze-blocks", 1, "--learning-rate", 0.1, "--run-id", "frozen", "--base-dir", tmp_path]
+    if task == "pretrain":
+        words += ["--max-iters", 4, "--batch-size", 4, "--optimizer", "muon"]
+    else:
+        words += ["--max-iters", 2, "--train-input", world.train, "--val-input", world.dev]
+    assert bertling(task, *words).status == 0
     before = dict(load_checkpoint(mlm).model.named_parameters())
-    after = dict(load_checkpoint(tmp_path / "runs" / "frozen").model.named_parameters())
+    after = dict(load_checkpoint(tmp_path / "runs" / "frozen" / "checkpoints" / "last").model.named_parameters())
     same = {name for name in before.keys() & after.keys() if before[name].equal(after[name])}
     assert same == {name for name in after if name.startswith(("embeddings.", "encoder.layers.0."))}
 
@@ -236,3 +239,9 @@ def test_something_must_learn(words: list[object], says: str, world: World, tmp_
     done = finetune(world, tmp_path, *start, *words, "--train-input", world.train, "--val-input", world.dev)
     assert done.error.startswith(says)
     assert not (tmp_path / "runs").exists()
+
+
+def test_pretraining_cannot_begin_frozen(world: World, tmp_path: Path) -> None:
+    (tmp_path / "datasets").symlink_to(world.data)
+    done = bertling("pretrain", *SMALL, "--freeze-blocks", 1, "--base-dir", tmp_path)
+    assert done.error.startswith("freeze-blocks: blocks of random weights must learn")

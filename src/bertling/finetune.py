@@ -23,8 +23,16 @@ from bertling.labelled import (
     sst2_files,
     summarise_seeds,
 )
-from bertling.model import BertEncoder, BertForSequenceClassification, count_parameters
-from bertling.pretrain import as_trained, check_architecture, find_vocabulary, say_loaded, sized_config
+from bertling.model import BertForSequenceClassification, count_parameters
+from bertling.pretrain import (
+    as_trained,
+    check_architecture,
+    check_frozen,
+    find_vocabulary,
+    freeze,
+    say_loaded,
+    sized_config,
+)
 from bertling.runs import SEEDS_PLAN, Start, open_shared_run
 from bertling.runtime import Runtime, build_runtime
 from bertling.settings import Settings, settings_line
@@ -158,8 +166,7 @@ def check_origin(start: Start, from_scratch: bool) -> None:
         raise BertlingError("--cp: name the checkpoint to fine-tune, or give --from-scratch to train without one")
     if start.checkpoint is not None and from_scratch:
         raise BertlingError("--from-scratch and --cp exclude each other: give one of them")
-    if start.settings.freeze_blocks and from_scratch:
-        raise BertlingError("freeze-blocks: blocks of random weights must learn; leave it out, or start from a --cp")
+    check_frozen(start)
 
 
 def plan_of(start: Start) -> SeedPlan:
@@ -279,12 +286,3 @@ def build_classifier(start: Start, train: LabelledTexts, say: Say) -> tuple[Bert
     labels = tuple(train.id2label.values())
     config = sized_config(settings, settings.preset, tokenizer.vocab_size, settings.seq_len, tokenizer.pad_id, labels)
     return BertForSequenceClassification(config, generator), tokenizer
-
-
-def freeze(model: BertEncoder, blocks: int) -> None:
-    """Keep the embeddings and the lowest `blocks` as they are: one copy of them can serve several models."""
-    layers = model.encoder.layers
-    if blocks >= len(layers):
-        raise BertlingError(f"freeze-blocks {blocks}: must be below the model's number of blocks, {len(layers)}")
-    for module in (model.embeddings, *layers[:blocks]) if blocks else ():
-        module.requires_grad_(False)

@@ -136,6 +136,7 @@ def load_start(start: Start, say: Say) -> tuple[BertForMaskedLM | None, MaskedLM
 
 def starting_model(start: Start, say: Say) -> tuple[BertForMaskedLM | None, Tokenizer | None]:
     """The model and vocabulary of the checkpoint to start from; its architecture wins over the settings."""
+    check_frozen(start)
     if start.checkpoint is None:
         return None, None
     dropout = start.settings.dropout if "dropout" in start.explicit else None
@@ -144,7 +145,23 @@ def starting_model(start: Start, say: Say) -> tuple[BertForMaskedLM | None, Toke
     assert isinstance(loaded.model, BertForMaskedLM)
     check_architecture(loaded.model, start.settings, start.explicit)
     say_loaded(loaded, say)
+    freeze(loaded.model, start.settings.freeze_blocks)
     return loaded.model, loaded.tokenizer
+
+
+def check_frozen(start: Start) -> None:
+    """Refuse to freeze what has not learned yet."""
+    if start.settings.freeze_blocks and start.checkpoint is None:
+        raise BertlingError("freeze-blocks: blocks of random weights must learn; leave it out, or start from a --cp")
+
+
+def freeze(model: BertEncoder, blocks: int) -> None:
+    """Keep the embeddings and the lowest `blocks` as they are: one copy of them can serve several models."""
+    layers = model.encoder.layers
+    if blocks >= len(layers):
+        raise BertlingError(f"freeze-blocks {blocks}: must be below the model's number of blocks, {len(layers)}")
+    for module in (model.embeddings, *layers[:blocks]) if blocks else ():
+        module.requires_grad_(False)
 
 
 def say_loaded(loaded: Loaded, say: Say) -> None:

@@ -75,7 +75,7 @@ class Settings:
     )
     dropout: float = setting(0.0, "dropout everywhere in the model", finetune=0.1, minimum=0, maximum=0.99)
     freeze_blocks: int = setting(
-        0, "keep the embeddings and so many of the lowest blocks as they are; 0: train all", minimum=0, only="finetune"
+        0, "with --cp: keep the embeddings and so many of the lowest blocks as they are; 0: train all", minimum=0
     )
     word_vectors: Literal["random", "counts"] = setting(
         "random", "how fresh word embeddings begin; counts: from which tokens stand side by side", only="pretrain"
