@@ -438,11 +438,8 @@ def test_an_output_of_the_same_name_is_kept(world: World, here: Path) -> None:
     refuse(world, here, ["vocab", "-i", TEXT, "-o", "v", "--size", 250], "v/vocab.txt: exists already", "--force")
     for form, name in (("shards", "train_x_16_123"), ("msgpack", "train_x_16_123.msgpack.gz")):
         words = prepare_words(str(TEXT), "--format", form)
-        if form == "shards":
-            assert bertling(*words).status == 0
-        else:
-            shutil.rmtree("data")
-            assert bertling(*words).status == 0
+        shutil.rmtree("data", ignore_errors=True)
+        assert bertling(*words).status == 0
         refuse(world, here, words, f"data/{name}: exists already", "--force", "another label or seed")
         assert bertling(*words, "--force").status == 0
     (here / "file").write_text("x")

@@ -73,6 +73,8 @@ def test_tsv_does_not_quote_and_csv_does(tmp_path: Path) -> None:
     assert tsv.texts == ['"open', 'closed"']
     csv = load_labelled(write(tmp_path, "a.csv", 'text,label\n"two\nlines, one text",0\nx,1\n'))
     assert csv.texts == ["two\nlines, one text", "x"]
+    long = load_labelled(write(tmp_path, "b.csv", f"text,label\n{'word ' * 40_000},0\nx,1\n"))
+    assert len(long.texts[0]) == 200_000
 
 
 def test_parquet(tmp_path: Path) -> None:

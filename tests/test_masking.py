@@ -191,11 +191,16 @@ def test_words_are_masked_whole_and_within_the_number(probability: float) -> Non
     assert torch.equal(masked.input_ids[~chosen], ids[~chosen])
 
 
-def test_every_word_is_as_likely() -> None:
+def test_a_word_that_does_not_fit_makes_room_for_others() -> None:
     ids = torch.tensor([[2, *[10, 41, 42, 11, 12, 43, 13, 14, 15, 16] * 3, 3]]).repeat(6000, 1)
     masked = draw(ids, probability=0.2, continues=CONTINUES)
     used = masked.labels != IGNORED
     hits = torch.zeros(ids.numel()).index_fill(0, masked.positions[used], 1.0).view_as(ids).mean(0)[1:-1]
     alone, of_three = hits[[3, 6, 7, 8, 9]].mean(), hits[[0, 1, 2]].mean()
-    assert alone == pytest.approx(0.19, abs=0.03)  # 0.2, less what the last word would have exceeded
+    assert hits.mean() == pytest.approx(0.2, abs=0.001)  # 6 of 30, in every row
+    assert alone == pytest.approx(0.23, abs=0.03)
     assert of_three == pytest.approx(0.15, abs=0.04)  # long words are the ones left out
+    short = torch.tensor([[2, 10, 41, 42, 11, 12, 43, 3]]).repeat(500, 1)  # one place of six, and one word of one
+    masked = draw(short, probability=0.15, continues=CONTINUES)
+    assert masked.count == 500
+    assert set(masked.labels.tolist()) == {11}

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +25,9 @@ WIDTH = SEQ_LEN - 2
 LETTERS = "abcdefghij"
 WORDS = [a + b + c for a in LETTERS for b in LETTERS for c in "xyz"]
 TOKENIZER = Tokenizer([*SPECIAL_TOKENS, "=", *WORDS])
+BLOCKS = (
+    " different document(s) are too few, or too unequal, to be dealt out as 80%, 10%, 10%: cut into contiguous blocks"
+)
 
 
 def document(number: int, words: int) -> str:
@@ -143,9 +147,9 @@ def test_same_seed_same_bytes(tmp_path: Path, method: str, form: str) -> None:
 def test_msgpack_holds_the_same_rows_with_static_masks(tmp_path: Path) -> None:
     source = write(tmp_path / "t.txt", [document(i, 100) for i in range(40)])
     card = run(source, tmp_path / "out")
-    other = run(source, tmp_path / "out", format="msgpack", force=True)
+    other = run(source, tmp_path / "static", format="msgpack")
     assert {n: s.samples for n, s in card.splits.items()} == {n: s.samples for n, s in other.splits.items()}
-    samples = open_samples(tmp_path / "out" / "train_toy_16_123.msgpack.gz")
+    samples = open_samples(tmp_path / "static" / "train_toy_16_123.msgpack.gz")
     plain = open_samples(tmp_path / "out" / "train_toy_16_123")
     everything = np.arange(samples.rows)
     assert samples.rows == plain.rows
@@ -223,7 +227,7 @@ def test_a_single_document_is_cut_into_contiguous_blocks(tmp_path: Path, method:
     source = tmp_path / "t.txt"
     source.write_text("\n".join(" ".join(words[i : i + 10]) for i in range(0, 2000, 10)))
     card = run(source, tmp_path / "out", method=method)
-    assert card.notes == ["1 different document(s) are too few for 3 splits: cut into contiguous blocks"]
+    assert card.notes == ["1" + BLOCKS]
     assert card.overlap["train/val"]["documents"] == 1
     assert "cut into contiguous blocks" in card.text()
     if method == "split":
@@ -236,12 +240,22 @@ def test_a_single_document_is_cut_into_contiguous_blocks(tmp_path: Path, method:
         assert [round(size / sum(sizes), 1) for size in sizes] == [0.8, 0.1, 0.1]
 
 
-def test_three_different_documents_give_three_splits(tmp_path: Path) -> None:
-    card = run(write(tmp_path / "t.txt", [document(i, 50) for i in range(3)]), tmp_path / "out")
-    assert [split.documents for split in card.splits.values()] == [1, 1, 1]
+@pytest.mark.parametrize("lengths", [[50] * 3, [50] * 4, [3000, 30, 30]])
+def test_documents_that_would_give_other_shares_are_cut(tmp_path: Path, lengths: list[int]) -> None:
+    documents = [document(i, words) for i, words in enumerate(lengths)]
+    card = run(write(tmp_path / "t.txt", documents), tmp_path / "out")
+    assert card.notes == [f"{len(lengths)}{BLOCKS}"]
+    tokens = [split.tokens - 2 * split.samples for split in card.splits.values()]
+    assert tokens[0] / sum(tokens) == pytest.approx(0.8, abs=0.06)
+    assert tokens[1] == pytest.approx(tokens[2], abs=1)
+
+
+def test_few_documents_that_come_near_the_shares_stay_whole(tmp_path: Path) -> None:
+    card = run(write(tmp_path / "t.txt", [document(i, 50) for i in range(7)]), tmp_path / "out")
+    assert sorted(split.documents for split in card.splits.values()) == [1, 1, 5]
     assert card.notes == []
     card = run(write(tmp_path / "t.txt", [document(i % 2, 50) for i in range(6)]), tmp_path / "two")
-    assert card.notes == ["2 different document(s) are too few for 3 splits: cut into contiguous blocks"]
+    assert card.notes == ["2" + BLOCKS]
 
 
 def test_one_large_document_goes_to_train(tmp_path: Path) -> None:
@@ -367,10 +381,39 @@ def test_existing_data_is_replaced_only_by_force(tmp_path: Path, monkeypatch: py
     card = run(source, out, val_inputs=[val], force=True)
     assert not (out / "test_toy_16_123").exists(), "its documents are training text now"
     assert card.notes == ["test_toy_16_123 of an earlier preparation was removed"]
-    run(source, out, format="msgpack", force=True)
+    with pytest.raises(BertlingError, match=r"train_toy_16_123: exists already; give --force"):
+        run(source, out, format="msgpack")
+    card = run(source, out, format="msgpack", force=True)
+    assert len(card.notes) == 2, "train and val of the other format"
+    assert {path.name for path in out.glob("*_toy_*")} == {
+        "card_toy_16_123.json",
+        *(f"{split}_toy_16_123.msgpack.gz" for split in ("train", "val", "test")),
+    }
     card = run(source, out, format="msgpack", split=(1.0, 0.0, 0.0), force=True)
     assert list(card.splits) == ["train"]
     assert not (out / "val_toy_16_123.msgpack.gz").exists()
+
+
+def test_names_of_special_tokens_in_a_text_are_words(tmp_path: Path) -> None:
+    tokenizer = Tokenizer([*SPECIAL_TOKENS, "[", "]", "pad", "cls", "sep", "mask", "a"])
+    source = tmp_path / "t.txt"
+    source.write_text("a [CLS] a [SEP] a [PAD] a [MASK] a [UNK]\n" * 100)
+    card = prepare([source], "toy", tmp_path / "out", SEQ_LEN, tokenizer, workers=1)
+    rows = open_samples(tmp_path / "out" / "train_toy_16_123").fetch(np.arange(card.splits["train"].samples))
+    assert not np.isin(rows[:, 1:-1], [tokenizer.pad_id, tokenizer.cls_id, tokenizer.sep_id, tokenizer.mask_id]).any()
+    assert (rows == tokenizer.unk_id).any()
+    assert card.splits["train"].padded_samples == 0
+
+
+def test_all_files_are_looked_for_before_any_is_read(tmp_path: Path) -> None:
+    source = write(tmp_path / "t.txt", [document(i, 30) for i in range(40)])
+    for name in ("val_inputs", "test_inputs"):
+        with pytest.raises(BertlingError, match=r"none\.txt: no such file"):
+            run(source, tmp_path / "out", **{name: [tmp_path / "none.txt"]})
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(BertlingError, match="pipe: can be read only once"):
+        run(tmp_path / "pipe", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("form", ["shards", "msgpack"])

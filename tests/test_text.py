@@ -106,6 +106,20 @@ def test_wikitext_is_undone_where_it_is_found_or_asked_for(tmp_path: Path) -> No
     assert documents(two, options=TextOptions(wikitext=False)) == [text + "\n = Next = \n"]
 
 
+def test_titles_begin_documents_where_wikitext_is_asked_for(tmp_path: Path) -> None:
+    path = write(tmp_path / "part.txt", "the end of one @-@ half\n = B = \n text \n = C = \n text \n")
+    assert len(documents(path)) == 1
+    found = documents(path, options=TextOptions(wikitext=True))
+    assert [text.split("\n")[0] for text in found] == ["the end of one-half", " = B = ", " = C = "]
+    lines = write(tmp_path / "a.jsonl", json_lines(["one", "two"]))
+    assert documents(lines, options=TextOptions(wikitext=True)) == ["one", "two"]
+
+
+def test_a_json_null_is_no_text(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", '{"text": "one"}\n{"text": null}\n{"text": "two"}\n')
+    assert documents(path) == ["one", "two"]
+
+
 def test_sections_and_equations_start_no_document(tmp_path: Path) -> None:
     lines = ["", " = A = ", " = = B = = ", "= C =", " = D", " = = = E = = = ", "x = y", " = E = mc2 = ", "end"]
     found = documents(write(tmp_path / "a.txt", "\n".join(lines)))

@@ -166,6 +166,7 @@ def test_tokenizer_json_of_another_kind_is_refused(tmp_path: Path, tokenizer: To
     tokenizer.save(tmp_path)
     (tmp_path / "vocab.txt").unlink()
     path = tmp_path / "tokenizer.json"
+    assert Tokenizer.load(path).fingerprint == tokenizer.fingerprint
     good = json.loads(path.read_text())
     for change, message in [
         ({"model": {"type": "BPE", "vocab": {}}}, "not a WordPiece tokenizer"),
@@ -228,16 +229,18 @@ def test_impossible_training_is_refused(lines: list[str], size: int, message: st
 
 
 def test_the_size_that_an_error_names_works() -> None:
-    for text in ("the heron", "ab", "!?", "abcdefghijklmnopqrstuvwxyz0123456789"):
-        lines, size = [text] * 9, 4
-        for _ in range(4):
-            try:
-                assert train_vocabulary(lines, size).vocab_size == size
-                break
-            except BertlingError as error:
-                size = int(str(error).split(";")[1].removesuffix(" or less, or more text").split()[-1])
-        else:
-            pytest.fail(f"no named size works for {text!r}")
+    many = [chr(0x4E00 + (7 * i + 13 * j * j) % (40 + i)) for i in range(600) for j in range(20)]
+    characters = ["".join(many[i : i + 20]) for i in range(0, len(many), 20)]
+    for lines in (["the heron"] * 9, ["ab"] * 9, ["!?"] * 9, ["abcdefghijklmnopqrstuvwxyz0123456789"] * 9, characters):
+        for size, named in ((4, "give at least "), (9000, "give ")):
+            with pytest.raises(BertlingError, match=f"^size: {size} is ") as refused:
+                train_vocabulary(lines, size)
+            works = int(str(refused.value).split(named)[1].split()[0])
+            if named == "give at least ":
+                with pytest.raises(BertlingError, match="is too small"):
+                    train_vocabulary(lines, works - 1)
+            else:
+                assert train_vocabulary(lines, works).vocab_size == works
 
 
 def test_one_shot_lines_are_refused() -> None:

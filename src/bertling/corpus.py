@@ -27,7 +27,7 @@ from bertling.files import BertlingError, atomic_folder, read_json, sha256_of, w
 from bertling.text import Piece, Progress, TextOptions, kind_of, read_pieces, tidy
 from bertling.tokenizer import FastEncoder, Tokenizer
 
-_FORMAT = 1
+_FORMAT = 2
 _MANIFEST = "corpus.json"
 _BATCH_CHARACTERS = 1 << 19
 _SMALL = 4 << 20  # bytes of input that are done sooner than workers start
@@ -315,9 +315,9 @@ def _hashed(results: Iterator[_Done], lines: DuplicateFinder, documents: Duplica
     document = hashlib.blake2b(digest_size=8)
     for done in results:
         finished = []
+        lines.add(np.frombuffer(b"".join(done.line_hashes), dtype=np.uint64))
         for last, line_hashes in zip(done.ends, done.line_hashes, strict=True):
             hashes = np.frombuffer(line_hashes, dtype=np.uint64)
-            lines.add(hashes)
             document.update(hashes[hashes != 0].tobytes())
             if last:
                 finished.append(document.digest())

@@ -4,6 +4,7 @@ Shapes: B texts, T tokens (the longest of the batch, rounded up).
 """
 
 import re
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -22,6 +23,8 @@ from bertling.tokenizer import Tokenizer
 
 SST2_NAMES = ("negative", "positive")
 MAX_CLASSES = 10_000
+TEXTS_AT_ONCE = 4096
+"""Texts that are tokenized together: the library's results are many times as large as the ids."""
 CHUNK_BATCHES = 50
 """Batches whose texts are sorted by length together: enough for little padding, few enough for random batches."""
 
@@ -188,11 +191,15 @@ class _Rows:
     def __init__(self, data: LabelledTexts, tokenizer: Tokenizer, seq_len: int) -> None:
         if seq_len < 3:
             raise BertlingError(f"seq-len {seq_len}: must be at least 3, for [CLS], one token and [SEP]")
-        encoded = tokenizer.encode_batch(data.texts)
-        rows = [[tokenizer.cls_id, *ids[: seq_len - 2], tokenizer.sep_id] for ids in encoded]
-        self.truncated = sum(len(ids) > seq_len - 2 for ids in encoded)
-        self.lengths = np.array([len(row) for row in rows], dtype=np.int64)
-        self._ids = np.fromiter((i for row in rows for i in row), dtype=np.int32, count=int(self.lengths.sum()))
+        flat, lengths = array("i"), array("q")
+        self.truncated = 0
+        for start in range(0, len(data.texts), TEXTS_AT_ONCE):
+            for ids in tokenizer.encode_batch(data.texts[start : start + TEXTS_AT_ONCE]):
+                flat.extend((tokenizer.cls_id, *ids[: seq_len - 2], tokenizer.sep_id))
+                lengths.append(min(len(ids), seq_len - 2) + 2)
+                self.truncated += len(ids) > seq_len - 2
+        self.lengths = np.frombuffer(lengths, dtype=np.int64)
+        self._ids = np.frombuffer(flat, dtype=np.int32)
         self._starts = np.cumsum(self.lengths) - self.lengths
         self._labels, self._pad_id = data.labels, tokenizer.pad_id
 

@@ -88,15 +88,23 @@ def mask_tokens(
 def _whole_words(scores: Tensor, starts: Tensor, special: Tensor, wanted: Tensor, slots: int) -> tuple[Tensor, Tensor]:
     """Columns [B, S], whole words in the order of one random score each, and which of them are used [B, S].
 
-    The word that would exceed the number wanted [B] is left out, and with it all behind it.
+    A word that would exceed the number wanted [B] is left out, and the next ones are tried, as by Devlin et al.
     """
     word = starts.cumsum(dim=1) - starts[:, :1].long()  # [B, T]: 0, 1, 2 ... along each row
-    scores = scores.gather(1, word).masked_fill_(special, 2.0)  # one score a word: its first draw
-    order = scores.sort(dim=1, stable=True).indices  # the tokens of a word stay side by side
-    behind = word.gather(1, order).gather(1, wanted[:, None].clamp(max=word.shape[1] - 1))  # the first word not taken
-    columns = order[:, :slots]
-    fits = torch.arange(slots) < wanted[:, None]
-    return columns, fits & (word.gather(1, columns) != behind)
+    sizes = torch.zeros_like(word).scatter_add_(1, word, (~special).long())  # [B, T]: tokens of each word; 0: none
+    order = scores.masked_fill(sizes == 0, 2.0).argsort(dim=1)  # [B, T]: words, one score each; what is none comes last
+    left, taken = wanted.clone(), torch.zeros_like(special)  # [B], [B, T]
+    for number in range(int((sizes > 0).sum(dim=1).max())):
+        now = order[:, number, None]  # [B, 1]
+        size = sizes.gather(1, now)[:, 0]
+        fits = (size <= left) & (size > 0)
+        left -= size * fits
+        taken.scatter_(1, now, fits[:, None])
+        if not left.any():
+            break
+    chosen = taken.gather(1, word) & ~special  # [B, T]
+    columns = (~chosen).int().sort(dim=1, stable=True).indices[:, :slots]
+    return columns, torch.arange(slots) < chosen.sum(dim=1)[:, None]
 
 
 def static_masks(input_ids: Tensor, labels: Tensor, *, slots: int | None = None) -> Masked:

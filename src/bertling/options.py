@@ -146,7 +146,7 @@ input_options = together(
     click.option(
         "--wikitext/--no-wikitext",
         default=None,
-        help="undo WikiText's @-@ and <unk>  [default: where the file has that form]",
+        help="undo WikiText's @-@ and <unk>, begin documents at titles  [default: in files that begin with a title]",
     ),
     click.option("--text-field", default="text", show_default=True, help="field of .jsonl and column of .parquet"),
 )

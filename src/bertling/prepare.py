@@ -23,11 +23,13 @@ from bertling.masking import mask_tokens
 from bertling.packed import IGNORED, MAX_SEQ_LEN, Ids, write_pairs
 from bertling.samples import MANIFEST, SamplesWriter, Tally, unigram_floors
 from bertling.splits import SPLITS, Part, deal, shares_of, whole
-from bertling.text import TextOptions
+from bertling.text import TextOptions, size_of
 from bertling.tokenizer import Tokenizer
 
 Progress = Callable[[int, int], None]
 
+FORMATS = {"shards": "", "msgpack": ".msgpack.gz"}
+"""How the names of their files and folders end."""
 ROWS_AT_ONCE = 4096
 _MASKS, _ROW_HASH = 12, 13
 """Keep the random streams of one seed apart."""
@@ -56,7 +58,11 @@ class Layout:
 
     def target(self, split: str) -> Path:
         """Where a split goes."""
-        return self.output / (self.name(split) + (".msgpack.gz" if self.format == "msgpack" else ""))
+        return self.output / (self.name(split) + FORMATS[self.format])
+
+    def places(self, split: str) -> list[Path]:
+        """Where a split of this name may lie, in whatever format."""
+        return [self.output / (self.name(split) + ending) for ending in FORMATS.values()]
 
     def card(self) -> Path:
         """Where the data card goes."""
@@ -95,6 +101,8 @@ def prepare(
     shares = shares_of(split, bool(val_inputs), bool(test_inputs))
     wanted = [s for s in SPLITS if s in shares or (s == "val" and val_inputs) or (s == "test" and test_inputs)]
     _check(layout, inputs)
+    for path in (*inputs, *val_inputs, *test_inputs):  # before hours have gone into the first of them
+        size_of(path)
     if not force:
         _refuse_existing(layout)
 
@@ -141,14 +149,14 @@ def _check(layout: Layout, inputs: Sequence[Path]) -> None:
         raise BertlingError(f"seed: must be 0 or more and fit 63 bits, not {layout.seed}")
     if layout.method not in ("split", "segment"):
         raise BertlingError(f"method: must be split or segment, not '{layout.method}'")
-    if layout.format not in ("shards", "msgpack"):
+    if layout.format not in FORMATS:
         raise BertlingError(f"format: must be shards or msgpack, not '{layout.format}'")
     if layout.output.exists() and not layout.output.is_dir():
         raise BertlingError(f"{layout.output}: is a file; give a folder for the prepared data")
 
 
 def _refuse_existing(layout: Layout) -> None:
-    for path in [layout.target(name) for name in SPLITS] + [layout.card()]:
+    for path in [*(path for name in SPLITS for path in layout.places(name)), layout.card()]:
         if path.exists():
             raise BertlingError(f"{path}: exists already; give --force to replace it, or choose another label or seed")
 
@@ -172,7 +180,7 @@ def _packed_rows(part: Part, layout: Layout, *, keep_last: bool) -> Iterator[Ids
     ids = np.asarray(part.corpus.ids)
     buffer: list[npt.NDArray[np.integer]] = []
     held = 0
-    for first, last in part.spans.tolist():
+    for first, last in part.spans:
         for start in range(first, last, size):
             buffer.append(ids[start : min(start + size, last)])
             held += len(buffer[-1])
@@ -316,16 +324,17 @@ def _masked(blocks: Iterator[Ids], layout: Layout, split: str, tally: Tally) -> 
 
 
 def _remove_stale(layout: Layout, wanted: Sequence[str]) -> list[str]:
-    """Take away an older split of the same name that this call does not make: its text may be in train now."""
+    """Take away older splits of the same name that this call does not make: their text may be in train now."""
     notes = []
-    for name in SPLITS:
-        path = layout.target(name)
-        if name not in wanted and path.is_file():
+    made = {layout.target(name) for name in wanted}
+    for path in [path for name in SPLITS for path in layout.places(name) if path not in made]:
+        if path.is_file():
             path.unlink()
-            notes.append(f"{path.name} of an earlier preparation was removed")
-        elif name not in wanted and (path / MANIFEST).is_file():
+        elif (path / MANIFEST).is_file():
             shutil.rmtree(path)
-            notes.append(f"{path.name} of an earlier preparation was removed")
+        else:
+            continue
+        notes.append(f"{path.name} of an earlier preparation was removed")
     return notes
 
 

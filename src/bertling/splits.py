@@ -4,6 +4,7 @@ A document's split follows from the corpus and the shares alone: data sets of se
 """
 
 import math
+import sys
 from dataclasses import dataclass
 from hashlib import blake2b
 
@@ -70,11 +71,14 @@ def deal(corpus: Corpus, shares: dict[str, float], seed: int) -> tuple[dict[str,
     filled = np.flatnonzero(stops > starts)
     hashes = _document_hashes(corpus, filled)
     different, groups = np.unique(hashes, return_inverse=True)
-    if len(different) < len(shares):
+    tokens = (stops - starts)[filled]
+    split_of = _assign(tokens, groups, shares)
+    if not _near(np.array([tokens[split_of == index].sum() for index in range(len(shares))]), shares):
+        told = ", ".join(f"{share:.0%}" for share in shares.values())
         return _blocks(corpus, shares, hashes), [
-            f"{len(different)} different document(s) are too few for {len(shares)} splits: cut into contiguous blocks"
+            f"{len(different)} different document(s) are too few, or too unequal, to be dealt out as {told}: cut into "
+            "contiguous blocks"
         ]
-    split_of = _assign((stops - starts)[filled], groups, shares)
     parts = {}
     for index, name in enumerate(shares):
         mine = np.flatnonzero(split_of == index)
@@ -101,8 +105,14 @@ def _assign(tokens: Ids, groups: Ids, shares: dict[str, float]) -> Ids:
     return split_of_group[groups]
 
 
+def _near(tokens: Ids, shares: dict[str, float]) -> bool:
+    """Whether train got three quarters of its share and each other split half of its own."""
+    least = [(0.75 if name == "train" else 0.5) * share for name, share in shares.items()]
+    return bool((tokens >= np.array(least) * tokens.sum()).all())
+
+
 def _blocks(corpus: Corpus, shares: dict[str, float], hashes: npt.NDArray[np.uint64]) -> dict[str, Part]:
-    """The text in contiguous blocks, where there are too few documents to deal out."""
+    """The text in contiguous blocks, where its documents cannot be dealt out."""
     pieces = corpus.pieces is not None
     units = _spans(corpus, np.arange(len(corpus.documents) - 1))
     number = len(units) if pieces else len(corpus.ids)
@@ -130,16 +140,17 @@ def _spans(corpus: Corpus, documents: Ids) -> Ids:
         return np.stack([firsts, lasts], axis=1)
     # Pieces never cross documents, so a document's pieces are a run of offsets.
     pieces = np.unique(corpus.pieces)
-    runs = zip(np.searchsorted(pieces, firsts).tolist(), np.searchsorted(pieces, lasts).tolist(), strict=True)
-    index = np.concatenate([np.arange(first, last) for first, last in runs] or [np.zeros(0, dtype=np.int64)])
+    begins = np.searchsorted(pieces, firsts)
+    counts = np.searchsorted(pieces, lasts) - begins
+    index = np.arange(counts.sum()) + np.repeat(begins - (np.cumsum(counts) - counts), counts)
     return np.stack([pieces[index], pieces[index + 1]], axis=1)
 
 
 def _document_hashes(corpus: Corpus, documents: Ids) -> npt.NDArray[np.uint64]:
     # A plain view: slicing a memmap object costs several times as much.
     ids, offsets = np.asarray(corpus.ids), corpus.documents
-    digests = b"".join(
-        blake2b(ids[first:last].data, digest_size=8).digest()
-        for first, last in zip(offsets[documents].tolist(), offsets[documents + 1].tolist(), strict=True)
-    )
-    return np.frombuffer(digests, dtype=np.uint64)
+    hashes = np.zeros(len(documents), dtype=np.uint64)
+    for place, document in enumerate(documents):
+        digest = blake2b(ids[offsets[document] : offsets[document + 1]].data, digest_size=8).digest()
+        hashes[place] = int.from_bytes(digest, sys.byteorder)
+    return hashes

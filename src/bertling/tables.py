@@ -169,6 +169,7 @@ def _table_rows(path: Path, content: str, *, tabs: bool) -> list[tuple[int, list
     if tabs:
         lines = enumerate(content.split("\n"), start=1)
         return [(number, line.rstrip("\r").split("\t")) for number, line in lines if line.strip()]
+    csv.field_size_limit(MOST_BYTES)
     reader = csv.reader(io.StringIO(content, newline=""), strict=True)
     try:
         return [(reader.line_num, row) for row in reader if row]

@@ -29,6 +29,7 @@ _JSON_LINES = (".jsonl", ".ndjson")
 _TITLE = re.compile(r"^ = [^=\n](?:[^\n]*[^=\n])? = ?$", re.MULTILINE)
 _ESCAPED = re.compile(r" ?@([-,.])@ ?")
 _UNCLEAN = re.compile(r"[^A-Za-z0-9\s,.!?'\"-]+")
+_MARKERS = re.compile(r"\[(PAD|CLS|SEP|MASK)\]")
 _SPACES = re.compile(r"[^\S\n]+")
 
 
@@ -37,8 +38,8 @@ class TextOptions:
     """How text files are read."""
 
     wikitext: bool | None = None
-    """Undo WikiText's `@-@ @,@ @.@ <unk>`; unset: in files that begin with a ` = Title = ` line. False: such lines do
-    not start documents either."""
+    """Undo WikiText's `@-@ @,@ @.@ <unk>`, and start documents at ` = Title = ` lines; unset: in files that begin with
+    one."""
     clean: bool = False
     """Keep only ASCII letters, digits, white space and , . ! ? ' " - and squeeze white space."""
     text_field: str = "text"
@@ -72,10 +73,11 @@ def read_pieces(
 ) -> Iterator[Piece]:
     """Pieces of all documents in the order of the files, as they stand there (see `tidy`).
 
-    A document starts at a ` = Title = ` line in files that begin with one; else it is a file, a JSON line, a parquet
-    row. Blank ones are left out. A file that is missing, empty, truncated, not UTF-8 or lacks the field is refused.
+    A document starts at a ` = Title = ` line in files that begin with one (and in plain ones wherever `wikitext` is
+    asked for); else it is a file, a JSON line, a parquet row. Blank ones are left out. A file that is missing, empty,
+    truncated, not UTF-8 or lacks the field is refused.
     """
-    total = sum(_size(path) for path in paths)
+    total = sum(size_of(path) for path in paths)
     done = document = 0
     for path in paths:
 
@@ -94,11 +96,15 @@ def read_pieces(
             report(0, done)
 
 
-def _size(path: Path) -> int:
+def size_of(path: Path) -> int:
+    """Bytes of a file of text; what is not there, or can be read only once, is refused."""
     with readable_errors(path):
+        size = path.stat().st_size
         if path.is_dir():
             raise BertlingError(f"{path}: this is a folder: name the files in it")
-        return path.stat().st_size
+        if not path.is_file():
+            raise BertlingError(f"{path}: can be read only once, as a pipe; write the text to a file first")
+        return size
 
 
 def iter_documents(
@@ -136,7 +142,11 @@ class Lines:
 
 
 def tidy(text: str, *, wikitext: bool, clean: bool) -> str:
-    """Undo WikiText's escapes (`0 @.@ 7` is 0.7, `<unk>` is [UNK]) and clean, as asked; lines stay lines."""
+    """Undo WikiText's escapes (`0 @.@ 7` is 0.7, `<unk>` is [UNK]) and clean, as asked; lines stay lines.
+
+    A text that speaks of [CLS], [SEP], [PAD] or [MASK] means these words, not the tokens: `[ CLS ]` says the same.
+    """
+    text = _MARKERS.sub(r"[ \1 ]", text)
     if wikitext:
         text = _ESCAPED.sub(r"\1", text).replace("<unk>", "[UNK]")
     if clean:
@@ -157,8 +167,9 @@ def _file_pieces(path: Path, options: TextOptions, report: Callable[[int], None]
     else:
         return
     title = _TITLE.search(head[-1][1])
-    titled = options.wikitext is not False and title is not None and not head[-1][1][: title.start()].strip()
+    titled = title is not None and not head[-1][1][: title.start()].strip()
     wikitext = titled if options.wikitext is None else options.wikitext
+    titled = wikitext and (titled or kind_of(path)[0] == "text")
 
     def stretches() -> Iterator[tuple[bool, str]]:
         yield from head
@@ -324,11 +335,12 @@ def _json_records(path: Path, field: str, blocks: Iterable[str]) -> Iterator[tup
                 raise BertlingError(f"{where}: a JSON {type(record).__name__}; each line must be one JSON object")
             if field not in record:
                 raise BertlingError(f"{where}: no field '{field}' (it has {_names(record)}); name the text's field")
-            if not isinstance(record[field], str):
-                kind = type(record[field]).__name__
+            text = "" if record[field] is None else record[field]
+            if not isinstance(text, str):
+                kind = type(text).__name__
                 raise BertlingError(f"{where}: field '{field}' holds a {kind}, not text; name the text's field")
             # A lone surrogate (\ud800) is valid JSON but no character.
-            yield True, record[field].encode("utf-8", "replace").decode().replace("\r\n", "\n")
+            yield True, text.encode("utf-8", "replace").decode().replace("\r\n", "\n")
 
 
 def _parquet_records(path: Path, column: str, report: Callable[[int], None]) -> Iterator[tuple[bool, str]]:

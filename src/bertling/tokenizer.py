@@ -48,6 +48,8 @@ class Tokenizer:
                 found = ", ".join(sorted(entry.name for entry in path.iterdir())[:5]) or "nothing"
                 raise BertlingError(f"{path}: no vocab.txt in this folder (it holds {found}); name the vocabulary file")
             path = path / "vocab.txt"
+        if path.suffix == ".json":
+            return cls._load_json(path)
         entries = _read_entries(path)
         config = path.with_name("tokenizer_config.json")
         beside = path.name == "vocab.txt" and config.exists()
@@ -211,27 +213,35 @@ def train_vocabulary(lines: Iterable[str], size: int, *, lowercase: bool = True,
     if iter(lines) is lines:
         raise TypeError("lines are read twice: give a list or text.Lines, not an iterator")
     normalizer, splitter = normalizers.BertNormalizer(lowercase=lowercase), pre_tokenizers.BertPreTokenizer()
-    alphabet = _alphabet(_count_characters(lines, normalizer), size)
-    trainer = trainers.WordPieceTrainer(
-        vocab_size=size,
-        min_frequency=min_frequency,
-        show_progress=False,
-        # The library numbers the "##" characters in the order of a randomly seeded hash map and breaks ties between
-        # pairs by these numbers. Named up front, in order, they make the result a function of the text.
-        special_tokens=[*SPECIAL_TOKENS, *alphabet, *(_PREFIX + char for char in alphabet if _inside_words(char))],
-        initial_alphabet=alphabet,
-        limit_alphabet=len(alphabet),
-    )
-    backend = tokenizers.Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    backend.normalizer, backend.pre_tokenizer = normalizer, splitter
-    backend.train_from_iterator(lines, trainer)
-    ids = backend.get_vocab(with_added_tokens=False)
-    if len(ids) < size:
-        raise BertlingError(
-            f"size: {size} is more than this text can give, which is {len(ids)} entries;"
-            f" give {len(ids)} or less, or more text"
+    counted = _count_characters(lines, normalizer)
+
+    def entries(size: int) -> list[str]:
+        alphabet = _alphabet(counted, size)
+        trainer = trainers.WordPieceTrainer(
+            vocab_size=size,
+            min_frequency=min_frequency,
+            show_progress=False,
+            # The library numbers the "##" characters in the order of a randomly seeded hash map and breaks ties between
+            # pairs by these numbers. Named up front, in order, they make the result a function of the text.
+            special_tokens=[*SPECIAL_TOKENS, *alphabet, *(_PREFIX + char for char in alphabet if _inside_words(char))],
+            initial_alphabet=alphabet,
+            limit_alphabet=len(alphabet),
         )
-    return Tokenizer(sorted(ids, key=ids.__getitem__), lowercase=lowercase)
+        backend = tokenizers.Tokenizer(models.WordPiece(unk_token="[UNK]"))
+        backend.normalizer, backend.pre_tokenizer = normalizer, splitter
+        backend.train_from_iterator(lines, trainer)
+        ids = backend.get_vocab(with_added_tokens=False)
+        return sorted(ids, key=ids.__getitem__)
+
+    made = entries(size)
+    if len(made) < size:
+        most = len(made)
+        while (fewer := len(entries(most))) < most:  # a smaller vocabulary spends less on rare characters
+            most = fewer
+        raise BertlingError(
+            f"size: {size} is more than this text can give, which is {most} entries; give {most} or less, or more text"
+        )
+    return Tokenizer(made, lowercase=lowercase)
 
 
 def _count_characters(lines: Iterable[str], normalizer: normalizers.Normalizer) -> dict[str, int]:

@@ -151,7 +151,7 @@ def _shown(train: MaskedBatches, tokenizer: Tokenizer, rows: int, size: int) -> 
         for index, ids, truth, places in zip(
             indices.tolist(), batch.input_ids.tolist(), originals, scored, strict=True
         ):
-            real = int((truth != tokenizer.pad_id).sum())
+            real = int(np.flatnonzero(truth != tokenizer.pad_id)[-1]) + 1
             seen, there = tokenizer.tokens(ids[:real]), tokenizer.tokens(truth[:real].tolist())
             marked = [f"{{{a}|{b}}}" if place else a for a, b, place in zip(seen, there, places, strict=False)]
             shown.append(Row(index, " ".join(marked).replace(" ##", ""), tokenizer.decode(truth[:real].tolist())))
