@@ -1,7 +1,9 @@
-"""Make the model in the box out of two runs: one for masked words, and a classifier fine-tuned from it.
+"""Make the model in the box: one run for masked words, one on reviews that began there, a classifier behind that.
 
-    bertling finetune --cp wiki/runs/mlm --freeze-blocks 2 --run-id sst2 ...
-    python benchmarks/box.py --fill wiki/runs/mlm --classify wiki/runs/sst2/checkpoints/last \\
+    bertling pretrain --cp wiki/runs/mlm --freeze-blocks 2 --base-dir reviews --run-id mlm ...
+    bertling finetune --cp reviews/runs/mlm/checkpoints/last --freeze-blocks 2 --run-id sst2 ...
+    python benchmarks/box.py --fill wiki/runs/mlm --reviews reviews/runs/mlm/checkpoints/last \\
+        --classify wiki/runs/sst2/checkpoints/last \\
         --mlm-data wiki/datasets/val_enwiki_128_123 --sst2-data wiki/datasets/validation.parquet
 
 Both encoders share embeddings and lowest blocks, which are stored once, all in fp16. One folder holds both as variants
@@ -67,7 +69,7 @@ Of the weights as they lie here, computed in fp32.
 |---|---|---|---|
 | masked words | {mlm:.1%} | {mlm_floor:.1%} (commonest token) | {mlm_protocol} |
 | SST-2 | {sst2:.1%} | {sst2_floor:.1%} (commonest class), 81.9 % (bag of words) | {sst2_protocol}; \
-last step of one seed, standard error {error:.1f} points |
+last step of seed {seed}, standard error {error:.1f} points |
 
 ## Training
 
@@ -75,6 +77,13 @@ From random weights, by `bertling pretrain` on two cores without a GPU: {mlm_len
 
 ```ini
 {mlm_settings}
+```
+
+The classifier left embeddings and {shared_blocks} lowest blocks as they were. First masked words of SST-2's training
+sentences, without their labels (`benchmarks/sentences.py`), by `bertling pretrain`: {reviews_length}, with
+
+```ini
+{reviews_settings}
 ```
 
 then by `bertling finetune` on SST-2's 67,349 phrases: {sst2_length}, with
@@ -101,18 +110,18 @@ biases are in it. Not for decisions about people.
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name in ("fill", "classify", "mlm-data", "sst2-data"):
+    for name in ("fill", "reviews", "classify", "mlm-data", "sst2-data"):
         parser.add_argument(f"--{name}", type=Path, required=True)
     parser.add_argument("-o", "--output", type=Path, default=BOX)
     options = parser.parse_args()
 
-    fill, classify = load_checkpoint(options.fill), load_checkpoint(options.classify)
+    fill, reviews, classify = map(load_checkpoint, (options.fill, options.reviews, options.classify))
     if fill.tokenizer.entries != classify.tokenizer.entries:
         parser.error("the two runs have different vocabularies")
     with atomic_folder(options.output, force=True) as folder:
         write_weights(folder, fill, classify)
         fill.tokenizer.save(folder, token_types=False)
-        (folder / "README.md").write_text(card(folder, fill, classify, options))
+        (folder / "README.md").write_text(card(folder, fill, reviews, classify, options))
     print((options.output / "README.md").read_text())
     for path in sorted(options.output.iterdir()):
         print(f"{path}: {path.stat().st_size:,} bytes")
@@ -144,7 +153,7 @@ def labels(config: dict[str, Any]) -> dict[str, Any]:
     return {key: config[key] for key in ("id2label", "label2id", "classifier_pooling")}
 
 
-def card(folder: Path, fill: Loaded, classify: Loaded, options: argparse.Namespace) -> str:
+def card(folder: Path, fill: Loaded, reviews: Loaded, classify: Loaded, options: argparse.Namespace) -> str:
     """The README.md of the box, with scores of what lies in the folder."""
     runtime = build_runtime(parse_settings({"device": "cpu", "dtype": "fp32", "compile": "false"}))
     boxed = load_checkpoint(folder, head="classification", variant="sst2")
@@ -167,9 +176,12 @@ def card(folder: Path, fill: Loaded, classify: Loaded, options: argparse.Namespa
         sst2=accuracy,
         sst2_floor=sst2.figures["majority class"],
         sst2_protocol=protocol(sst2),
+        seed=told(classify)["seed"],
         error=100 * (accuracy * (1 - accuracy) / count) ** 0.5,
         mlm_length=length(fill),
         mlm_settings=told_text(fill),
+        reviews_length=length(reviews),
+        reviews_settings=told_text(reviews),
         sst2_length=length(classify),
         sst2_settings=told_text(classify),
     )

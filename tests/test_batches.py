@@ -150,6 +150,7 @@ def test_no_filler_where_it_divides(tmp_path: Path) -> None:
     train = batches([toy(tmp_path / "x", 40)], batch_size=100)
     some, _ = train.micro_batches(0, rank=1, world_size=2, micro_batch_size=20)
     assert [len(batch.input_ids) for batch in some] == [17, 17, 17], "50 rows in 3 equal parts, one row filled up"
+    assert sum(batch.tokens for batch in some) == 50 * SEQ_LEN
     some, _ = train.micro_batches(0, rank=0, world_size=2, micro_batch_size=25)
     assert [batch.count for batch in some] == [50, 50]
 

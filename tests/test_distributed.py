@@ -130,6 +130,27 @@ def test_a_signal_to_the_launcher_saves_and_can_be_resumed_by_one_process(
     assert train_mlm(cp=run, max_iters=step + 1, ddp=False).finished
 
 
+def test_a_signal_to_all_processes_saves_once(work: Path) -> None:
+    shape = SHAPE | {"batch_size": 512, "d_model": 128, "max_iters": 399}  # steps of half a second
+    command = [sys.executable, "-m", "bertling", "pretrain", "--ddp", "--nproc", "2"]
+    process = start([*command, *flags(base_dir=work, run_id="two", **shape)], work)
+    run = work / "runs" / "two"
+    deadline = time.monotonic() + 240
+    while not ((run / "logs" / "metrics.jsonl").exists() and losses(run)):
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    for number in [*map(int, workers), process.pid]:
+        os.kill(number, signal.SIGTERM)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == cli.STOPPED, err
+    assert "Traceback" not in err
+    state = load_state(run / "checkpoints" / "last")
+    assert state is not None
+    assert state.numbers["step"] >= max(losses(run)) > 0
+
+
 def test_another_number_of_processes_goes_on_with_the_same_batches(
     work: Path, train_mlm: Callable[..., Outcome]
 ) -> None:
@@ -210,6 +231,17 @@ def test_bad_input_is_one_line_before_anything_is_launched(
     assert errors[0].startswith("error: ")
     assert message in errors[0]
     assert not (work / "runs").exists()
+
+
+def test_a_launch_refuses_a_name_that_is_taken(
+    work: Path, no_launch: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (work / "runs" / "taken" / "checkpoints" / "step-0000000").mkdir(parents=True)
+    words = ["pretrain", "--base-dir", str(work), "--run-id", "taken", "--ddp", "--nproc", "2"]
+    monkeypatch.setattr(sys, "argv", ["bertling", *words])
+    with pytest.raises(SystemExit, match="2"):
+        cli.main()
+    assert "taken: exists already; go on with it by --cp" in capsys.readouterr().err
 
 
 def test_a_launch_passes_its_settings_on(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -87,6 +87,8 @@ def test_many_bad_steps_send_the_run_back_once_at_half_the_rate(
     entries = [entry for entry in read_metrics(outcome.run) if "lr" in entry]
     assert [entry["step"] for entry in entries] == list(range(1, 21))
     assert entries[10]["lr"] == pytest.approx(entries[6]["lr"] / 2)
+    evaluated = [entry["step"] for entry in read_metrics(outcome.run) if "eval/loss" in entry]
+    assert evaluated == sorted(set(evaluated))
     # What came before is that of a run without the fault.
     monkeypatch.undo()
     whole = train_mlm(**shape)

@@ -236,6 +236,49 @@ def test_data_of_another_vocabulary_are_refused(
     assert not (base / "runs").exists()
 
 
+def test_a_run_that_goes_on_has_the_data_that_it_began_with(stopped: Path, train_mlm: Train, work: Path) -> None:
+    shared = (work / "datasets").resolve()
+    (work / "datasets").unlink()
+    shutil.copytree(shared, work / "datasets")
+    for split in ("train", "val"):
+        shutil.copytree(work / "datasets" / f"{split}_tiny_32_123", work / "datasets" / f"{split}_also_32_123")
+    said: list[str] = []
+    assert train_mlm(cp=stopped, say=said.append).step == 4
+    assert not any("also" in text for text in said)
+    shutil.rmtree(work / "datasets" / "train_tiny_32_123")
+    with pytest.raises(BertlingError, match=r"train_tiny_32_123: is gone, and the run .*run0 was trained on it"):
+        train_mlm(cp=stopped, max_iters=6)
+    tokenizer = Tokenizer.load(work / "vocab")
+    prepare([ASSETS / "tiny.txt"] * 2, "tiny", work / "datasets", SEQ_LEN, tokenizer, workers=1, force=True)
+    with pytest.raises(BertlingError, match=r"run0: was trained on train_tiny_32_123 of \d+ rows, and now it is"):
+        train_mlm(cp=stopped, max_iters=6)
+
+
+def test_a_resume_takes_the_run_that_is_named(
+    stopped: Path, train_mlm: Train, monkeypatch: pytest.MonkeyPatch, work: Path
+) -> None:
+    newer = cut_off(train_mlm, monkeypatch, max_iters=4, val_interval=2, run_id="newer")
+    assert resolve_start("pretrain", [], {"base_dir": work}, cp=None, resume=True).run == newer
+    named = {"base_dir": work, "run_id": "run0"}
+    assert resolve_start("pretrain", [], named, cp=None, resume=True).run == stopped
+    with pytest.raises(BertlingError, match="holds no unfinished run of the name other to resume"):
+        resolve_start("pretrain", [], named | {"run_id": "other"}, cp=None, resume=True)
+
+
+def test_epochs_that_are_done_end_a_run(train_mlm: Train) -> None:
+    run = train_mlm(epochs=0.5).run
+    with pytest.raises(BertlingError, match=r"run0: is finished: it has done its epochs = 0\.5; raise --epochs"):
+        train_mlm(cp=run, max_iters=1000)
+    assert train_mlm(cp=run, epochs=0.7).finished
+
+
+def test_a_size_may_be_named_at_each_resume(train_mlm: Train) -> None:
+    sized = {"size": "mini", "max_iters": 1}
+    run = train_mlm(**sized).run
+    for steps in (2, 3):
+        assert train_mlm(cp=run, **sized | {"max_iters": steps}).step == steps
+
+
 def test_a_vocabulary_that_is_missing_is_asked_for(train_classifier: Classify, tmp_path: Path) -> None:
     with pytest.raises(BertlingError, match=r"vocab\.txt: missing; place the vocabulary there, or name it by --vocab"):
         train_classifier(from_scratch=True, base_dir=tmp_path)

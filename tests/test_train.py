@@ -173,6 +173,33 @@ def test_a_stop_before_the_first_step_can_be_resumed_too(train_mlm: Train, monke
         assert torch.equal(value, weights(stopped.run)[name]), name
 
 
+def test_until_the_first_evaluation_the_last_state_is_the_best(
+    train_mlm: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at_step(monkeypatch, 2, lambda: signal.raise_signal(signal.SIGTERM))
+    stopped = train_mlm(max_iters=10)
+    assert (stopped.step, stopped.finished) == (3, False)
+    assert (stopped.run / "checkpoints" / "best").resolve().name == "step-0000003"
+
+
+def test_what_is_evaluated_after_the_last_save_is_kept(train_mlm: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    at_step(monkeypatch, 2, lambda: signal.raise_signal(signal.SIGTERM))
+    stopped = train_mlm(max_iters=10)
+    done = train_mlm(cp=stopped.run, max_iters=3)  # nothing is left to train, but it is still to be scored
+    state = load_state(done.run / "checkpoints" / "last")
+    assert state is not None
+    assert (done.finished, done.best_step, state.numbers["best_step"]) == (True, 3, 3)
+    assert state.numbers["metrics"] == done.metrics != {}
+
+
+def test_several_processes_leave_a_second_signal_to_their_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    with faults.stop_requests() as asked:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert asked()
+
+
 def test_a_second_signal_ends_the_process_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
     monkeypatch.setattr(signal, "raise_signal", calls.append)

@@ -38,6 +38,14 @@ class Batch:
     count: int
     """Scored items."""
 
+    @property
+    def tokens(self) -> int:
+        """Tokens without padding, and without the rows that only fill it up."""
+        real = (self.labels.view(len(self.input_ids), -1) != IGNORED).any(dim=1)  # [B]
+        if self.attention_mask is None:
+            return int(real.sum()) * self.input_ids.shape[1]
+        return int(self.attention_mask[real].sum())
+
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "Batch":
         """The batch on a device; `non_blocking` copies to a GPU from pinned memory without waiting."""
         pin = non_blocking and torch.device(device).type == "cuda"

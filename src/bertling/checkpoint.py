@@ -4,7 +4,7 @@ import hashlib
 import os
 import pickle  # for the name of its error alone
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,15 @@ class TrainingState:
     """Step, seconds, best score, settings: plain JSON."""
     tensors: dict[str, Tensor]
     """The optimizers' tensors under flat names."""
+
+    def check_data(self, run: Path, data: Sequence[tuple[str, int]]) -> None:
+        """Refuse to go on with data sets (names and rows) other than those that the run was trained on."""
+        for (name, rows), (before, rows_before) in zip(data, self.numbers.get("data") or data, strict=True):
+            if (name, rows) != (before, rows_before):
+                raise BertlingError(
+                    f"{run}: was trained on {before} of {rows_before:,} rows, and now it is {name} of {rows:,}; put "
+                    "the data back, or start a new run from its weights with --cp and a new --run-id"
+                )
 
 
 @dataclass(frozen=True)

@@ -197,6 +197,7 @@ def finetune(
 ) -> None:
     """Fine-tune a classifier on labelled texts (SST-2 by default)."""
     start = begin("finetune", configs, context.obj or {}, cp, resume)
+    from_scratch = from_scratch and not resume  # that was said of its beginning
     from bertling.finetune import check_start
     from bertling.finetune import finetune as run_finetune
 
@@ -235,11 +236,15 @@ def wants_launch(settings: Settings) -> bool:
 def launch_self(start: Any) -> None:
     """Run this very command on several processes, and end with their status."""
     from bertling.distributed import launch
+    from bertling.runs import check_free
 
+    if start.run is None:
+        check_free(start.settings)
     words = sys.argv[1:]
     if "--resume" in words:  # all of them resume the run that was found here
         at = words.index("--resume")
         words[at : at + 1] = ["--cp", str(start.run)]
+        words = [word for word in words if word != "--from-scratch"]
     status = launch(start.settings, words)
     sys.exit(STOPPED if status is None else status)
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from bertling.console import is_rank
 from bertling.optim import Schedule
 
 FLOOR_STEPS, FLOOR_PROGRESS = 200, 0.2
@@ -17,12 +18,16 @@ LOW_RATE = 1e-5
 
 @contextmanager
 def stop_requests() -> Iterator[Callable[[], bool]]:
-    """Within this context SIGINT and SIGTERM ask for a clean stop; a second one ends the process at once."""
+    """Within this context SIGINT and SIGTERM ask for a clean stop; a second one ends the process at once.
+
+    Not where a launcher watches over several processes: whoever stops all of them at once, as Ctrl-C and clusters do,
+    would make it pass a second one on. It ends those that do not come to an end.
+    """
     asked = False
 
     def ask(number: int, frame: FrameType | None) -> None:
         nonlocal asked
-        if asked:
+        if asked and not is_rank():
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
         asked = True

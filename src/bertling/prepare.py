@@ -28,8 +28,7 @@ from bertling.tokenizer import Tokenizer
 
 Progress = Callable[[int, int], None]
 
-FORMATS = {"shards": "", "msgpack": ".msgpack.gz"}
-"""How the names of their files and folders end."""
+FORMATS = {"shards": "", "msgpack": ".msgpack.gz"}  # how the names of what holds a split end
 ROWS_AT_ONCE = 4096
 _MASKS, _ROW_HASH = 12, 13
 """Keep the random streams of one seed apart."""
@@ -326,15 +325,11 @@ def _masked(blocks: Iterator[Ids], layout: Layout, split: str, tally: Tally) -> 
 def _remove_stale(layout: Layout, wanted: Sequence[str]) -> list[str]:
     """Take away older splits of the same name that this call does not make: their text may be in train now."""
     notes = []
-    made = {layout.target(name) for name in wanted}
-    for path in [path for name in SPLITS for path in layout.places(name) if path not in made]:
-        if path.is_file():
-            path.unlink()
-        elif (path / MANIFEST).is_file():
-            shutil.rmtree(path)
-        else:
-            continue
-        notes.append(f"{path.name} of an earlier preparation was removed")
+    made = list(map(layout.target, wanted))
+    for path in (path for name in SPLITS for path in layout.places(name) if path not in made):
+        if path.is_file() or (path / MANIFEST).is_file():
+            path.unlink() if path.is_file() else shutil.rmtree(path)
+            notes.append(f"{path.name} of an earlier preparation was removed")
     return notes
 
 

@@ -104,7 +104,7 @@ def as_trained(start: Start, config: ModelConfig, seq_len: int) -> Settings:
     return replace(
         start.settings,
         preset=config.architecture,
-        size=start.settings.size if start.checkpoint is None else None,
+        size=start.settings.size if start.checkpoint is None or start.run is not None else None,
         d_model=config.hidden_size,
         n_layers=config.num_hidden_layers,
         heads=config.num_attention_heads,
@@ -122,7 +122,7 @@ def window_of(config: ModelConfig) -> int | None:
 def load_start(start: Start, say: Say) -> tuple[BertForMaskedLM | None, MaskedLMData]:
     """The model to start from (None: a fresh one) and the data; refuses what does not fit together."""
     model, tokenizer = starting_model(start, say)
-    data = load_data(start.settings, start.explicit, tokenizer, say)
+    data = load_data(start, tokenizer, say)
     check_samples(data.train, data.tokenizer)
     check_samples([data.val], data.tokenizer)
     config = fresh_config(start.settings, data) if model is None else model.config
@@ -202,11 +202,29 @@ def check_architecture(model: BertEncoder, settings: Settings, explicit: frozens
             )
 
 
-def load_data(settings: Settings, explicit: frozenset[str], tokenizer: Tokenizer | None, say: Say) -> MaskedLMData:
-    """Open the prepared data that the patterns name, and check that all of it fits together."""
-    train = [open_samples(path) for path in match_samples(settings.base_dir, settings.dataset_pattern)]
-    val_paths = match_samples(settings.base_dir, settings.val_dataset_pattern)
-    val = open_samples(val_paths[0])
+def data_paths(start: Start) -> tuple[list[Path], list[Path]]:
+    """What the patterns name to train and to evaluate on; a run that goes on has its own data, whatever came since."""
+    settings = start.settings
+    known = start.state.numbers.get("data") if start.state else None
+    if known:
+        *trained, scored = (settings.base_dir / "datasets" / str(name) for name, _ in known)
+        for path in (*trained, scored):
+            if not path.exists():
+                raise BertlingError(
+                    f"{path}: is gone, and the run {start.run} was trained on it; put it back, or start a new run from "
+                    "its weights with a new --run-id"
+                )
+        return trained, [scored]
+    patterns = (settings.dataset_pattern, settings.val_dataset_pattern)
+    train, val = (match_samples(settings.base_dir, pattern) for pattern in patterns)
+    return train, val
+
+
+def load_data(start: Start, tokenizer: Tokenizer | None, say: Say) -> MaskedLMData:
+    """Open the prepared data, and check that all of it fits together."""
+    settings, explicit = start.settings, start.explicit
+    train_paths, val_paths = data_paths(start)
+    train, val = [open_samples(path) for path in train_paths], open_samples(val_paths[0])
     if len(val_paths) > 1:
         say(f"{len(val_paths)} data sets match val-dataset-pattern: {val.path.name} is evaluated on")
     if "seq_len" in explicit and settings.seq_len != train[0].seq_len:

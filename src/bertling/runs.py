@@ -3,7 +3,7 @@
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,15 +64,16 @@ def resolve_start(
     if resume and cp is not None:
         raise BertlingError("--resume finds the run itself, --cp names one: give one of them")
     if resume:
-        base_dir = resolve(command, files, flags)[0].base_dir
-        cp = unfinished_run(base_dir, {task for task, name in COMMANDS.items() if name == command})
+        settings = resolve(command, files, flags)[0]
+        cp = unfinished_run(settings.base_dir, settings.run_id, {t for t, name in COMMANDS.items() if name == command})
     if cp is None:
         return Start(*resolve(command, files, flags))
     run = run_meant(cp)
     if run is None or COMMANDS.get(str(read_json(run / "run.json", "run description").get("task"))) != command:
         return Start(*resolve(command, files, flags), checkpoint=find_checkpoint(cp, "best"))
-    if flags.get("run_id") not in (None, run.name):
+    if not is_named(run, flags.get("run_id")):
         return Start(*resolve(command, files, flags), checkpoint=find_checkpoint(cp, "best"))
+    flags = flags_left(run, flags)
     check_idle(run)
     checkpoint, faults = checkpoint_meant(cp, run)
     state = load_state(checkpoint)
@@ -91,9 +92,26 @@ def resolve_start(
                 "weights with a new --run-id"
             )
     if read_json(run / "run.json", "run description").get("finished") and not seeds_left(run):
-        check_longer(run, settings, flags, state)
+        check_longer(run, settings, before, flags, state)
     # The run's file holds defaults too: explicit is what was given now.
     return Start(settings, frozenset(flags), run, checkpoint, state, tuple(notes))
+
+
+def is_named(run: Path, run_id: str | None) -> bool:
+    """Whether a run, or the seeds of which it is one, was begun under this name; None fits all."""
+    return run_id in (None, run.name, seeds_plan(run).get("run_id"))
+
+
+def flags_left(run: Path, flags: Mapping[str, Any]) -> dict[str, Any]:
+    """The flags without those that named the run, or its seeds, when it was begun: it has them."""
+    plan = seeds_plan(run)
+    has = {"run_id": flags.get("run_id"), "seeds": plan.get("seeds"), "seed": plan.get("first_seed")}
+    return {name: value for name, value in flags.items() if name not in has or str(value) != str(has[name])}
+
+
+def seeds_plan(run: Path) -> dict[str, Any]:
+    """What a run that is one seed of several says of the others; empty for any other run."""
+    return read_json(run / SEEDS_PLAN, "plan of seeds") if (run / SEEDS_PLAN).exists() else {}
 
 
 def seeds_left(run: Path) -> bool:
@@ -152,7 +170,9 @@ def in_progress(run: Path) -> bool:
         return True
 
 
-def check_longer(run: Path, settings: Settings, flags: Mapping[str, Any], state: TrainingState) -> None:
+def check_longer(
+    run: Path, settings: Settings, before: Settings, flags: Mapping[str, Any], state: TrainingState
+) -> None:
     """A finished run goes on only beyond the limits that it has reached."""
     if not {"max_iters", "max_minutes", "epochs"} & flags.keys():
         raise BertlingError(f"{run}: is finished; raise --max-iters (or --max-minutes, --epochs) to train it further")
@@ -163,6 +183,10 @@ def check_longer(run: Path, settings: Settings, flags: Mapping[str, Any], state:
             raise BertlingError(
                 f"{run}: is finished: it has done {value:,.6g} of {key_of(name)} = {limit:,.6g}; raise --{key_of(name)}"
             )
+    limits = [(getattr(before, name), value) for name, value in reached.items()]
+    ended_by_them = any(limit is not None and limit <= value for limit, value in limits)
+    if settings.epochs is not None and settings.epochs == before.epochs and not ended_by_them:
+        raise BertlingError(f"{run}: is finished: it has done its epochs = {settings.epochs:g}; raise --epochs")
 
 
 @contextmanager
@@ -188,13 +212,21 @@ def open_run(start: Start) -> Iterator[Path]:
 
 @contextmanager
 def open_shared_run(start: Start, ranks: Ranks) -> Iterator[Path]:
-    """The same for several processes: the first one opens the run, all are told its folder."""
-    with open_run(start) if ranks.first else nullcontext(Path()) as folder:
+    """The same for several processes: the first one opens the run, all are told its folder, or end as quietly."""
+    with ExitStack() as stack:
+        folder, trouble = Path(), None
+        try:
+            folder = stack.enter_context(open_run(start)) if ranks.first else folder
+        except BertlingError as error:
+            trouble = error
+        if ranks.any(trouble is not None):
+            raise trouble or SystemExit(2)
         yield Path(ranks.text_from_first(str(folder)))
 
 
 def new_folder(settings: Settings) -> Path:
     """Make the next free `runs/runN`, or `runs/<run-id>`."""
+    check_free(settings)
     runs, run_id = settings.base_dir / "runs", settings.run_id
     with readable_errors(runs):
         runs.mkdir(parents=True, exist_ok=True)
@@ -207,15 +239,20 @@ def new_folder(settings: Settings) -> Path:
                 folder.mkdir()
                 break
             except FileExistsError:
-                if run_id is not None and never_began(folder):
-                    break
                 if run_id is not None:
-                    raise BertlingError(
-                        f"{folder}: exists already; go on with it by --cp, or choose another run-id"
-                    ) from None
+                    break
                 number += 1
         (folder / "checkpoints").mkdir(exist_ok=True)
     return folder
+
+
+def check_free(settings: Settings) -> None:
+    """Refuse a run-id whose folder holds something."""
+    if settings.run_id is None:
+        return
+    folder = settings.base_dir / "runs" / settings.run_id
+    if folder.exists() and not never_began(folder):
+        raise BertlingError(f"{folder}: exists already; go on with it by --cp, or choose another run-id")
 
 
 def never_began(run: Path) -> bool:
@@ -223,8 +260,11 @@ def never_began(run: Path) -> bool:
     return (run / "checkpoints").is_dir() and not step_folders(run / "checkpoints")
 
 
-def unfinished_run(base_dir: Path, tasks: set[str]) -> Path:
-    """The newest run of these tasks that has a checkpoint, was not finished, and is not being trained just now."""
+def unfinished_run(base_dir: Path, run_id: str | None, tasks: set[str]) -> Path:
+    """The newest run of these tasks that has a checkpoint, was not finished, and is not being trained just now.
+
+    With a `run_id` it was begun under that name.
+    """
     newest: dict[Path, float] = {}
     for checkpoints in (base_dir / "runs").glob("*/checkpoints"):
         times = [path.stat().st_mtime for path in step_folders(checkpoints)]
@@ -234,10 +274,11 @@ def unfinished_run(base_dir: Path, tasks: set[str]) -> Path:
     for run in sorted(newest, key=newest.__getitem__, reverse=True):
         with suppress(BertlingError):  # a folder that is no run of ours, or was damaged: the next one may be
             about = read_json(run / "run.json", "run description")
-            if about.get("task") in tasks and (not about.get("finished") or seeds_left(run)):
+            if about.get("task") in tasks and is_named(run, run_id) and (not about.get("finished") or seeds_left(run)):
                 if not is_first() or not in_progress(run):
                     return run
                 busy = busy or run
     if busy:
         raise BertlingError(f"{busy}: another process is training this run, and there is no other unfinished one")
-    raise BertlingError(f"{base_dir / 'runs'}: holds no unfinished run to resume; start one without --resume")
+    what = "no unfinished run" if run_id is None else f"no unfinished run of the name {run_id}"
+    raise BertlingError(f"{base_dir / 'runs'}: holds {what} to resume; start one without --resume")

@@ -128,11 +128,11 @@ def compile_pays(settings: Settings, device: torch.device) -> bool:
 
     On a CPU compiling gained nothing where we measured it (docs/experiments.md), so there it is done on request.
     """
-    if device.type != "cuda":
+    if device.type != "cuda" or settings.task_type != "mlm":  # texts of each length would be compiled anew
         return False
     if settings.max_minutes is not None:
         return settings.max_minutes >= COMPILE_PAYS_MINUTES
-    return settings.task_type == "mlm" and (settings.max_iters or COMPILE_PAYS_STEPS) >= COMPILE_PAYS_STEPS
+    return (settings.max_iters or COMPILE_PAYS_STEPS) >= COMPILE_PAYS_STEPS
 
 
 def can_compile() -> bool:

@@ -144,7 +144,7 @@ class Settings:
 
     # what it tells and keeps
     val_interval: int | None = setting(
-        None, "steps between evaluations; unset: a tenth of the run, or about five minutes of a time budget", minimum=1
+        None, "steps between evaluations; unset: a tenth of the run, by its steps or its time", minimum=1
     )
     save_every: str | None = setting(
         None, "time between checkpoints, in steps (500) or in minutes (10m); unset: val-interval"

@@ -40,6 +40,8 @@ class Task(Protocol):
 
     floors: dict[str, float]
     steps_per_epoch: float
+    data: list[tuple[str, int]]
+    """What is trained on, and last what is evaluated on: names and rows, by which a resumed run knows its data."""
 
     def micro_batches(self, step: int, *, rank: int, world_size: int, micro_batch_size: int) -> tuple[list[Batch], int]:
         """This rank's micro-batches of the step, and the scored items of the whole global batch."""
@@ -86,6 +88,7 @@ class MaskedLMTask:
         self.val, self.tokenizer = val, tokenizer
         self.steps_per_epoch = self.train.steps_per_epoch
         self.floors = mlm_floors(train, val, tokenizer)
+        self.data = [(samples.path.name, samples.rows) for samples in (*train, val)]
 
     def micro_batches(self, step: int, *, rank: int, world_size: int, micro_batch_size: int) -> tuple[list[Batch], int]:
         return self.train.micro_batches(step, rank=rank, world_size=world_size, micro_batch_size=micro_batch_size)
@@ -208,6 +211,7 @@ class ClassificationTask:
         self.dev = dev
         self.dev_batches = classifier_batches(dev, tokenizer, seq_len)
         self.floors = floors
+        self.data = [(texts.path.name, len(texts.texts)) for texts in (train, dev)]
 
     def micro_batches(self, step: int, *, rank: int, world_size: int, micro_batch_size: int) -> tuple[list[Batch], int]:
         return self.train.micro_batches(step, rank=rank, world_size=world_size, micro_batch_size=micro_batch_size)

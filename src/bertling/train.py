@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bertling.batches import Batch
 from bertling.budget import Moment, due, moment, needs_clock, total_steps
 from bertling.checkpoint import TrainingState, load_checkpoint, load_state, newest_intact, save_checkpoint
 from bertling.distributed import Ranks
@@ -105,6 +104,8 @@ class Trainer:
                 self.log_step(log, loss)
                 if len(self.bad_steps) >= BAD_STEPS:
                     self.go_back(log)
+                    now = self.moment()
+                    continue
                 before, now = now, self.moment()
                 evaluate, save = due(self.settings, before, now)
                 if evaluate:
@@ -176,7 +177,8 @@ class Trainer:
         batches, count = self.task.micro_batches(
             self.step, rank=self.ranks.rank, world_size=self.ranks.world_size, micro_batch_size=micro_batch_size
         )
-        self.tokens = sum(tokens_in(batch) for batch in batches) * self.ranks.world_size
+        tokens, scored = sum(batch.tokens for batch in batches), sum(batch.count for batch in batches)
+        self.tokens = round(tokens * count / max(scored, 1))  # of all processes, in proportion
         losses = []
         for batch in batches:
             on_device = batch.to(self.runtime.device, non_blocking=self.settings.async_to_device)
@@ -291,7 +293,7 @@ class Trainer:
                     self.model,
                     self.tokenizer,
                     self.state(recent),
-                    best=self.best_step == self.step,
+                    best=self.best_step in (0, self.step),  # until one was evaluated, the last is the best there is
                     keep=self.settings.max_checkpoints,
                 )
             except BertlingError as error:
@@ -328,6 +330,7 @@ class Trainer:
             "skipped_steps": self.skipped_steps,
             "scaler": self.scaler.state_dict(),
             "settings": self.settings.to_ini(),
+            "data": self.task.data,
         }
         return TrainingState(numbers, pack_state(self.optimizers))
 
@@ -335,6 +338,7 @@ class Trainer:
         """Go on from a saved state."""
         try:
             numbers = state.numbers
+            state.check_data(self.run, self.task.data)
             self.step, self.seconds = int(numbers["step"]), float(numbers["seconds"])
             self.best_accuracy, self.best_step = float(numbers["best_accuracy"]), int(numbers["best_step"])
             self.saved_best, self.saved_step = (self.best_accuracy, self.best_step), self.step
@@ -369,11 +373,14 @@ class Trainer:
 
     def finish(self, log: RunLog, *, done: bool) -> Outcome:
         """Evaluate (unless stopped), save, and say how it went."""
+        unsaved = self.saved_step != self.step
         if done and self.evaluated_step != self.step:
             self.evaluate(log, 1.0)
-        while self.saved_step != self.step:
+            unsaved = True
+        while unsaved:
             self.save(log)
-            if self.failed_saves:
+            unsaved = self.failed_saves > 0
+            if unsaved:
                 time.sleep(RETRY_SECONDS)
         if self.ranks.first:
             write_json(self.run / "run.json", {"task": self.settings.task_type, "finished": done})
@@ -389,8 +396,3 @@ class Trainer:
             done,
             self.skipped_steps,
         )
-
-
-def tokens_in(batch: Batch) -> int:
-    """Tokens of a batch without padding."""
-    return batch.input_ids.numel() if batch.attention_mask is None else int(batch.attention_mask.sum())

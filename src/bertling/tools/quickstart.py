@@ -299,7 +299,7 @@ class Tour:
         values |= SHAPE | PRETRAINING | {"max-minutes": f"{minutes:g}"}
         values |= {} if steps is None else {"max-iters": str(steps)}
         start = self.start("pretrain", values)
-        data = load_data(start.settings, start.explicit, None, lambda text: None)
+        data = load_data(start, None, lambda text: None)
         weights = Generator().manual_seed(start.settings.seed)
         fresh = BertForMaskedLM(fresh_config(start.settings, data), weights)
         before = Bertling(fresh, data.tokenizer).fill(MASKED, top_k=3)
