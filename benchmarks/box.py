@@ -120,7 +120,7 @@ def main() -> None:
         parser.error("the two runs have different vocabularies")
     with atomic_folder(options.output, force=True) as folder:
         write_weights(folder, fill, classify)
-        fill.tokenizer.save(folder, token_types=False)
+        fill.tokenizer.save(folder, token_types=False, max_length=fill.model.config.max_position_embeddings)
         (folder / "README.md").write_text(card(folder, fill, reviews, classify, options))
     print((options.output / "README.md").read_text())
     for path in sorted(options.output.iterdir()):

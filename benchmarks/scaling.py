@@ -74,7 +74,7 @@ def processes(count: int, steps: int) -> dict[str, Any]:
         tokenizer.save(folder / "vocab")
         words = f"pretrain --base-dir {folder} --run-id x --preset modern --local-attention 16 --batch-size 64".split()
         words += f"--optimizer muon --threads 1 --max-iters {steps} --val-interval 1000000".split()
-        words += ["--ddp", "--nproc", str(count)] if count > 1 else ["--micro-batch-size", "16"]
+        words += ["--micro-batch-size", "16", *(["--ddp", "--nproc", str(count)] if count > 1 else [])]
         subprocess.run([sys.executable, "-m", "bertling", *words], check=True, capture_output=True)
         lines = (folder / "runs" / "x" / "logs" / "metrics.jsonl").read_text().splitlines()
     speeds = [entry["perf/tokens_per_s"] for entry in map(json.loads, lines) if "perf/tokens_per_s" in entry]

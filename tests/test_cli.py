@@ -202,6 +202,8 @@ def test_classify_answers_line_for_line(world: World) -> None:
 
 def test_a_text_that_is_too_long_is_said(world: World) -> None:
     long = "lovely " * 200
+    done = bertling("embed", "--cp", world.mlm, long, "short")
+    assert done.err.startswith("note: 1 of 2 texts are longer than the 14 tokens that the model reads, and cut there")
     for words, what in (
         (["classify", "--cp", world.classifier, long], "only its beginning was read"),
         (["fill", "--cp", world.mlm, long + "[MASK]"], "only a part around its masks was read"),
@@ -296,7 +298,34 @@ def test_standard_output_on_a_full_disk_is_one_line() -> None:
 
 
 def test_answers_before_an_error_are_not_lost(world: World) -> None:
-    done = bertling("fill", "--cp", world.mlm, "--json", stdin=b"a [MASK]\n" * 1024 + b"no mask\n")
+    done = bertling("fill", "--cp", world.mlm, "--json", stdin=b"a [MASK]\n" * 1024 + b"\xff\n")
     assert done.status == 2
     assert len(done.out.splitlines()) == 1024
-    assert done.err.startswith("error: text 'no mask': has no [MASK]")
+    assert done.err.startswith("error: standard input: line 1025: ")
+
+
+def test_lines_without_a_mask_are_kept_in_step(world: World) -> None:
+    done = bertling("fill", "--cp", world.mlm, "--json", stdin=b"a [MASK]\n\nno mask\nthe [MASK] .\n")
+    answers = [json.loads(line) for line in done.out.splitlines()]
+    assert [(answer["text"], len(answer["masks"])) for answer in answers] == [
+        ("a [MASK]", 1),
+        ("", 0),
+        ("no mask", 0),
+        ("the [MASK] .", 1),
+    ]
+    assert "has no [MASK]" in bertling("fill", "--cp", world.mlm, "no mask").error
+
+
+def test_odd_streams_are_no_fault_of_the_program(world: World) -> None:
+    command = [sys.executable, "-m", "bertling", "fill", "--cp", str(world.mlm)]
+    closed = subprocess.run(["sh", "-c", '"$@" <&-', "sh", *command], capture_output=True, text=True, check=False)
+    assert (closed.returncode, closed.stderr.count("\n")) == (2, 1)
+    assert closed.stderr.startswith("error: no text: ")
+    narrow = subprocess.run(
+        [*command, "caf\u20ac [MASK]"],
+        env=os.environ | {"PYTHONIOENCODING": "latin-1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert narrow.stdout.startswith("caf\\u20ac [MASK]")

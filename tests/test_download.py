@@ -213,6 +213,7 @@ def test_the_same_command_again_fetches_what_is_missing(hub: Hub, tmp_path: Path
     ("name", "message"),
     [
         ("wikitext", "error: wikitext: neither one of wikitext-103, sst2 nor a model's name as OWNER/NAME"),
+        ("foo bar/baz", "error: foo bar/baz: no name that the hub allows"),
         ("someone/nothing", "error: someone/nothing: no such model on http://127"),
         ("someone/gated", "error: someone/gated: asks for your consent first"),
         ("someone/empty", "error: someone/empty: holds none of config.json"),

@@ -69,8 +69,8 @@ def test_text_classification_pipeline_gives_our_answers(preset: str, save: Any, 
     folder = save(preset, classifier=True)
     assert bertling("export", "--cp", folder, "--format", "hf", "-o", tmp_path / "out").status == 0
     pipeline = transformers.pipeline("text-classification", model=str(tmp_path / "out"))
-    for text in ("the old lamp .", "bread"):
-        ours, theirs = package.load(folder).classify(text)[0], pipeline(text)[0]
+    for text in ("the old lamp .", "bread", "the old lamp " * 200):  # the last one is longer than the model reads
+        ours, theirs = package.load(folder).classify(text)[0], pipeline(text, truncation=True)[0]
         assert theirs["label"] == ours["label"]
         assert theirs["score"] == pytest.approx(ours["score"], rel=1e-4)
 
@@ -158,9 +158,35 @@ def test_what_cannot_be_is_refused(words: list[str], message: str, save: Any, tm
 
 def test_an_existing_folder_goes_only_by_force(save: Any, tmp_path: Path) -> None:
     folder, out = save("bert"), tmp_path / "out"
-    out.mkdir()
+    words = ["export", "--cp", folder, "--format", "hf", "-o", out]
+    assert bertling(*words).status == 0
+    before = (out / "config.json").stat().st_mtime_ns
+    assert "--force" in bertling(*words).error
+    assert (out / "config.json").stat().st_mtime_ns == before
+    assert bertling(*words, "--force").status == 0
+    assert (out / "config.json").stat().st_mtime_ns != before
     (out / "mine.txt").write_text("mine")
-    assert "--force" in bertling("export", "--cp", folder, "--format", "hf", "-o", out).err
+    assert bertling(*words, "--force").error.endswith("holds mine.txt, which no export wrote; choose another folder")
     assert (out / "mine.txt").exists()
-    assert bertling("export", "--cp", folder, "--format", "hf", "-o", out, "--force").status == 0
-    assert not (out / "mine.txt").exists()
+
+
+def test_a_model_is_not_replaced_by_its_export(train_mlm: Any, tmp_path: Path) -> None:
+    run = train_mlm(max_iters=1, preset="bert").run
+    for cp, out in ((run, run), (run, run.parent), (run / "checkpoints" / "last", run / "checkpoints")):
+        done = bertling("export", "--cp", cp, "--format", "hf", "-o", out, "--force")
+        assert done.error == f"{out}: the model to export lies there; choose another folder"
+    assert (run / "checkpoints" / "last" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("form", ["hf", "onnx"])
+def test_the_lines_on_a_card_run_and_name_the_class(
+    form: str, save: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("onnxruntime")
+    folder = save("bert", classifier=True)
+    assert bertling("export", "--cp", folder, "--format", form, "-o", tmp_path / "out").status == 0
+    monkeypatch.chdir(tmp_path / "out")
+    code = Path("README.md").read_text().split("```python\n")[1].split("```")[0]
+    label = package.load(folder).classify("a warm and funny film .")[0]["label"]
+    exec(code, {})
+    assert label in capsys.readouterr().out

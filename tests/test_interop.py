@@ -232,6 +232,15 @@ def test_half_precision_files_load_as_fp32() -> None:
 WORD, QUERY = "bert.embeddings.word_embeddings.weight", "bert.encoder.layer.1.attention.self.query.weight"
 
 
+def test_a_model_that_gives_a_number_is_no_classifier() -> None:
+    config, state = to_hf(build("bert", "classification"))
+    state = {name: value[:1] if name.startswith("classifier.") else value for name, value in state.items()}
+    config |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+    with pytest.raises(BertlingError, match="one label: this model gives a number"):
+        from_hf(config, state)
+    assert from_hf(config, state, head="none")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -82,6 +82,14 @@ def test_rows_that_are_lines_of_titled_text_are_put_together(tmp_path: Path) -> 
     ]
 
 
+def test_a_further_part_of_such_rows_goes_on_in_the_same_way(tmp_path: Path) -> None:
+    parts = [["", " = One = \n", " body \n"], [" more @-@ \n", " = Two = \n", " end \n"]]
+    for number, rows in enumerate(parts):
+        pyarrow.parquet.write_table(pyarrow.table({"text": rows}), tmp_path / f"{number}.parquet")
+    found = documents(tmp_path / "0.parquet", tmp_path / "1.parquet")
+    assert found == [" = One = \n body \n", " more-\n", " = Two = \n end \n"]
+
+
 def test_other_files_are_one_document_each_and_numbered_on(tmp_path: Path) -> None:
     one, two = write(tmp_path / "one.txt", "a b\r\nc\rd"), write(tmp_path / "two.tokens", "\ufeffe f")
     assert documents(one, two) == ["a b\nc\nd", "e f"]

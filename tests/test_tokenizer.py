@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -151,10 +152,13 @@ def test_missing_vocabulary_is_refused(tmp_path: Path) -> None:
     [
         ({"strip_accents": False}, "strip_accents: False is not supported"),
         ({"tokenize_chinese_chars": False}, "tokenize_chinese_chars: false is not supported"),
+        ({"tokenizer_class": "BertJapaneseTokenizer"}, "tokenizer_class = 'BertJapaneseTokenizer': only BERT's own"),
+        ({"word_tokenizer_type": "mecab"}, "word_tokenizer_type = 'mecab': only BERT's own"),
+        ({"do_basic_tokenize": False}, "do_basic_tokenize = False: only BERT's own"),
     ],
 )
 def test_normalisation_other_than_bert_is_refused(
-    tmp_path: Path, tokenizer: Tokenizer, config: dict[str, bool], message: str
+    tmp_path: Path, tokenizer: Tokenizer, config: dict[str, Any], message: str
 ) -> None:
     tokenizer.save(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))

@@ -93,7 +93,8 @@ def write_model(folder: Path, model: nn.Module, tokenizer: Tokenizer) -> None:
     config, weights = to_hf(model)
     (folder / "model.safetensors").write_bytes(save(plain(weights), metadata={"format": "pt"}))
     write_json(folder / "config.json", config)
-    tokenizer.save(folder, token_types=unwrap(model).config.type_vocab_size > 0)
+    shape = unwrap(model).config
+    tokenizer.save(folder, token_types=shape.type_vocab_size > 0, max_length=shape.max_position_embeddings)
 
 
 def plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

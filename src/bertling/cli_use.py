@@ -80,7 +80,12 @@ def fill(
 
     model = open_model(cp, device, dtype)
     for chunk in iter_texts(texts, input_file):
-        for one in model.fill(chunk, top_k=top_k):
+        # A line without [MASK] among others is answered by none, so that answers and lines stay in step.
+        asked = [text for text in chunk if "[MASK]" in text or texts]
+        answers = iter(model.fill(asked, top_k=top_k))
+        for text in chunk:
+            none: dict[str, Any] = {"text": text, "masks": [], "truncated": False}
+            one = next(answers) if "[MASK]" in text or texts else none
             ranked = [", ".join(f"{token} {share:.1%}" for token, share in mask) for mask in one["masks"]]
             answer(one, "\n".join([one["text"], *(f"  [MASK]: {row}" for row in ranked)]), as_json)
             note_truncated(one, "only a part around its masks was read", as_json)
@@ -154,10 +159,20 @@ def embed(
             vectors = model.embed(chunk, pooling, normalize=normalize)
             count += len(vectors)
             sink.add(chunk, vectors)
+    cut, limit = model.embedder.truncated, model.embedder.limit
+    if cut:
+        say(f"note: {cut:,} of {count:,} texts are longer than the {limit} tokens that the model reads, and cut there")
     if output is not None:
         width = model.config.hidden_size
         answer(
-            {"output": str(output), "texts": count, "width": width, "pooling": pooling, "normalized": normalize},
+            {
+                "output": str(output),
+                "texts": count,
+                "width": width,
+                "pooling": pooling,
+                "normalized": normalize,
+                "truncated": cut,
+            },
             f"{output}: {count:,} vectors of {width}",
             as_json,
         )

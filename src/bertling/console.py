@@ -1,6 +1,7 @@
 """What a command says: answers on standard output, all else on standard error, and every error as one line."""
 
 import contextlib
+import io
 import json
 import os
 import sys
@@ -20,6 +21,8 @@ def say(text: str) -> None:
 def answer(value: Any, text: str, as_json: bool) -> None:
     """The answer of a command, on standard output; of several processes the first one gives it."""
     if is_first():
+        if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal may lack a character, and still gets an answer
+            sys.stdout.reconfigure(errors="backslashreplace")
         click.echo(json.dumps(value, ensure_ascii=False) if as_json else text)
 
 

@@ -169,6 +169,8 @@ class Embedder(_Reader):
         """Move the model to the runtime's device; without a runtime it stays where it is and computes in fp32."""
         super().__init__(model, model.config, tokenizer, runtime)
         self.encoder = model
+        self.truncated = 0
+        """How many texts so far were longer than the model reads."""
 
     def embed(self, texts: str | Iterable[str], pooling: Pooling = "mean", *, normalize: bool = True) -> Vectors:
         """Vectors [B, D]: the last hidden state of [CLS], or the mean over all tokens ([CLS] and [SEP] too).
@@ -180,7 +182,9 @@ class Embedder(_Reader):
             raise BertlingError(f"pooling = {pooling!r}: must be cls or mean")
         texts = [texts] if isinstance(texts, str) else list(texts)
         vectors = np.zeros((len(texts), self.encoder.config.hidden_size), dtype=np.float32)
-        for places, input_ids, attention_mask in self.batches([ids[: self.limit] for ids in self.encode(texts)]):
+        encoded = self.encode(texts)
+        self.truncated += sum(len(ids) > self.limit for ids in encoded)
+        for places, input_ids, attention_mask in self.batches([ids[: self.limit] for ids in encoded]):
             with torch.inference_mode(), self.runtime.autocast():
                 hidden = self.encoder.encode(input_ids, attention_mask).float()  # [B, T, D]
             vectors[places] = pool(hidden, attention_mask, pooling, normalize=normalize).cpu().numpy()
@@ -198,7 +202,7 @@ class Bertling:
 
     def __init__(self, model: BertEncoder, tokenizer: Tokenizer, runtime: Runtime | None = None) -> None:
         self.model, self.tokenizer = model, tokenizer
-        self._embedder = Embedder(model, tokenizer, runtime)
+        self.embedder = Embedder(model, tokenizer, runtime)
         self._fill_mask = self._classifier = None
         if isinstance(model, BertForMaskedLM):
             self._fill_mask = FillMask(model, tokenizer, runtime)
@@ -224,7 +228,7 @@ class Bertling:
 
     def embed(self, texts: str | Iterable[str], pooling: Pooling = "mean", *, normalize: bool = True) -> Vectors:
         """One vector per text, [B, D], see `Embedder.embed`."""
-        return self._embedder.embed(texts, pooling, normalize=normalize)
+        return self.embedder.embed(texts, pooling, normalize=normalize)
 
 
 def load(
@@ -267,8 +271,8 @@ def iter_texts(
         with open_bytes(input_file) as file:
             yield from _chunks(str(input_file), file)
     else:
-        stream = stdin or sys.stdin.buffer
-        if stream.isatty():
+        stream = stdin or (None if sys.stdin is None else sys.stdin.buffer)
+        if stream is None or stream.isatty():
             raise BertlingError("no text: give texts as arguments, with --input FILE, or through standard input")
         yield from _chunks("standard input", stream)
 

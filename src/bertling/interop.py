@@ -97,6 +97,9 @@ def from_hf(
     wanted = head or stored
     if wanted is None:
         raise BertlingError("config.json: 'architectures' names no head that we know; say which head is wanted")
+    own_labels = num_labels is None and id2label is None
+    if wanted == stored == "classification" and ours.num_labels == 1 and own_labels:
+        raise BertlingError("config.json: one label: this model gives a number to each text, not a class; use another")
     tensors = canonical_keys(ours.architecture, state)
     keep_classifier = True
     if num_labels is not None or id2label is not None:

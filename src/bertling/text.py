@@ -73,12 +73,13 @@ def read_pieces(
 ) -> Iterator[Piece]:
     """Pieces of all documents in the order of the files, as they stand there (see `tidy`).
 
-    A document starts at a ` = Title = ` line in files that begin with one (and in plain ones wherever `wikitext` is
-    asked for); else it is a file, a JSON line, a parquet row. Blank ones are left out. A file that is missing, empty,
-    truncated, not UTF-8 or lacks the field is refused.
+    A document starts at a ` = Title = ` line in files that begin with one (in plain ones too wherever `wikitext` is
+    asked for, in others where the file before was such a one); else it is a file, a JSON line, a parquet row. Blank
+    ones are left out. A file that is missing, empty, truncated, not UTF-8 or lacks the field is refused.
     """
     total = sum(size_of(path) for path in paths)
     done = document = 0
+    titles = False
     for path in paths:
 
         def report(position: int, done: int = done) -> None:
@@ -87,9 +88,10 @@ def read_pieces(
 
         with readable_errors(path):
             before = document
-            for text, last, wikitext in _file_pieces(path, options, report):
+            for text, last, wikitext in _file_pieces(path, options, report, titles):
                 yield Piece(document, text, last, wikitext)
                 document += last
+                titles = wikitext
             if document == before:
                 raise BertlingError(f"{path}: empty: there is no text in it; name a file with text")
             done += path.stat().st_size
@@ -156,8 +158,14 @@ def tidy(text: str, *, wikitext: bool, clean: bool) -> str:
     return text
 
 
-def _file_pieces(path: Path, options: TextOptions, report: Callable[[int], None]) -> Iterator[tuple[str, bool, bool]]:
-    """(text, last of its document, is WikiText) of one file."""
+def _file_pieces(
+    path: Path, options: TextOptions, report: Callable[[int], None], titles: bool
+) -> Iterator[tuple[str, bool, bool]]:
+    """(text, last of its document, is WikiText) of one file; `titles`: the one before was WikiText.
+
+    Data sets come in parts whose rows are lines, and all but the first part begin in the middle of an article.
+    """
+    plain = kind_of(path)[0] == "text"
     records = _records(path, options, report)
     head: list[tuple[bool, str]] = []
     for record in records:
@@ -167,9 +175,9 @@ def _file_pieces(path: Path, options: TextOptions, report: Callable[[int], None]
     else:
         return
     title = _TITLE.search(head[-1][1])
-    titled = title is not None and not head[-1][1][: title.start()].strip()
+    titled = (title is not None and not head[-1][1][: title.start()].strip()) or (titles and not plain)
     wikitext = titled if options.wikitext is None else options.wikitext
-    titled = wikitext and (titled or kind_of(path)[0] == "text")
+    titled = wikitext and (titled or plain)
 
     def stretches() -> Iterator[tuple[bool, str]]:
         yield from head

@@ -19,6 +19,16 @@ _PREFIX = "##"
 _COVERAGE = 0.9999  # share of the characters that the alphabet must hold; the rest becomes [UNK]
 _LEAST_COVERAGE = 0.99
 _MOST_BYTES = 1 << 26  # of a vocab.txt
+_USUAL = {
+    "tokenizer_class": (
+        *(f"{kind}Tokenizer{form}" for kind in ("Bert", "DistilBert", "PreTrained") for form in ("", "Fast")),
+        "TokenizersBackend",
+    ),
+    "word_tokenizer_type": ("basic",),
+    "subword_tokenizer_type": ("wordpiece",),
+    "do_basic_tokenize": (True,),
+}
+"""What a tokenizer_config.json may say if its ids are to be BERT's."""
 _ALPHABET_SHARE = 4  # at most one entry in so many is spent on a rarer character
 
 
@@ -60,9 +70,9 @@ class Tokenizer:
         value = read_json(path, "tokenizer")
         model, normalizer = value.get("model"), value.get("normalizer")
         if not isinstance(model, dict) or model.get("type") != "WordPiece" or not isinstance(model.get("vocab"), dict):
-            raise BertlingError(f"{path}: not a WordPiece tokenizer; use a BERT vocabulary (vocab.txt)")
+            raise BertlingError(f"{path}: not a WordPiece tokenizer, and no other can be read; use another model")
         if not isinstance(normalizer, dict) or normalizer.get("type") != "BertNormalizer":
-            raise BertlingError(f"{path}: its text is not normalised as BERT's; use a BERT vocabulary (vocab.txt)")
+            raise BertlingError(f"{path}: its text is not normalised as BERT's; use another model")
         try:
             ids: dict[str, Any] = {**model["vocab"], **{t["content"]: t["id"] for t in value.get("added_tokens") or []}}
             entries = sorted(ids, key=ids.__getitem__)
@@ -125,10 +135,11 @@ class Tokenizer:
                 words.append(piece)
         return " ".join(words)
 
-    def save(self, folder: Path, *, token_types: bool = True) -> None:
+    def save(self, folder: Path, *, token_types: bool = True, max_length: int | None = None) -> None:
         """Write vocab.txt, tokenizer.json and tokenizer_config.json, which transformers loads with equal ids.
 
         `token_types=False` is for models without segment embeddings, whose forward takes no token_type_ids.
+        `max_length`: tokens that the model beside it reads, to which `truncation=True` cuts then.
         """
         names = ["input_ids", "token_type_ids", "attention_mask"]
         config: dict[str, Any] = {
@@ -136,6 +147,7 @@ class Tokenizer:
             "do_lower_case": self.lowercase,
             "model_input_names": names if token_types else [names[0], names[2]],
             **{f"{name.strip('[]').lower()}_token": name for name in SPECIAL_TOKENS},
+            **({} if max_length is None else {"model_max_length": max_length}),
         }
         atomic_write(folder / "vocab.txt", "".join(f"{entry}\n" for entry in self.entries))
         atomic_write(folder / "tokenizer.json", self._backend.to_str(pretty=True) + "\n")
@@ -191,6 +203,9 @@ def _read_entries(path: Path) -> list[str]:
 
 def _lowercase_from(path: Path) -> bool:
     config = read_json(path, "tokenizer configuration")
+    for name, usual in _USUAL.items():
+        if config.get(name) not in (None, *usual):
+            raise BertlingError(f"{path}: {name} = {config[name]!r:.60}: only BERT's own tokenizer can be read")
     _check_standard(config, path, "tokenize_chinese_chars")
     return bool(config.get("do_lower_case", True))
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from bertling.files import BertlingError
+from bertling.tokenizer import Tokenizer
 
 Say = Callable[[str], None]
 
@@ -26,7 +27,9 @@ KNOWN = {
     "wikitext-103": Known(
         "Salesforce/wikitext",
         ("wikitext-103-raw-v1/*.parquet",),
-        "bertling vocab -i {folder}/wikitext-103-raw-v1/train-00000-of-00002.parquet -o vocab",
+        "bertling vocab -i {folder}/wikitext-103-raw-v1/train-00000-of-00002.parquet "
+        "-i {folder}/wikitext-103-raw-v1/train-00001-of-00002.parquet -o wiki/vocab --size 8192; then bertling prepare "
+        "with both and --val-input {folder}/wikitext-103-raw-v1/validation-00000-of-00001.parquet",
     ),
     "sst2": Known(
         "stanfordnlp/sst2",
@@ -37,7 +40,16 @@ KNOWN = {
 }
 NETWORK = ("huggingface_hub", "httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3")
 """Whose errors mean that the connection failed: versions of the hub's library differ in what they build on."""
-MODEL_FILES = ("config.json", "*.safetensors", "pytorch_model.bin", "vocab.txt", "tokenizer*.json", "*.txt", "*.md")
+MODEL_FILES = (
+    "config.json",
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "pytorch_model.bin",
+    "vocab.txt",
+    "tokenizer*.json",
+    "*.txt",
+    "*.md",
+)
 
 
 @dataclass(frozen=True)
@@ -100,6 +112,8 @@ def download(name: str, output: Path | None, say: Say) -> Download:
         huggingface_hub.snapshot_download(
             repo, repo_type=kind, revision=info.sha, allow_patterns=sorted(wanted), local_dir=folder
         )
+    except errors.HFValidationError:
+        raise BertlingError(f"{name}: no name that the hub allows; a model's is OWNER/NAME") from None
     except errors.GatedRepoError:
         raise BertlingError(
             f"{repo}: asks for your consent first: give it on its page, then set HF_TOKEN to a token of your account"
@@ -114,6 +128,11 @@ def download(name: str, output: Path | None, say: Say) -> Download:
             f"again to go on, or place these files by hand: {', '.join(patterns)} of {repo} in {folder}"
         ) from None
     step = (known.next_step if known else "bertling finetune --cp {folder}").format(folder=folder)
+    if known is None:
+        try:
+            Tokenizer.load(folder)
+        except BertlingError as error:
+            step = f"it cannot be used here: {error}"
     return Download(repo, str(info.sha), licence, folder, wanted, step)
 
 

@@ -35,6 +35,8 @@ SENTENCES = (
 """What a copy is compared with its original on: short and long, masked or not, in more than one script."""
 TOLERANCE = 1e-4
 """Largest difference allowed in fp32, as a share of the largest score."""
+WRITTEN = {"README.md", "config.json", "tokenizer.json", "tokenizer_config.json", "vocab.txt", "model.safetensors"}
+WRITTEN |= {"model.onnx", "model_int8.onnx"}
 AUTO: dict[Head, str] = {
     "masked_lm": "AutoModelForMaskedLM",
     "classification": "AutoModelForSequenceClassification",
@@ -75,6 +77,7 @@ def export(cp: Path, output: Path, form: str, *, int8: bool = False, force: bool
             f"{cp}: the preset seed has no stock class in transformers, so this form would load nowhere; its "
             "checkpoint folders are what it has, and --format onnx works"
         )
+    check_output(output, cp)
     loaded.model.eval()
     need("transformers" if form == "hf" else "onnx")
     with atomic_folder(output, force=force) as folder:
@@ -83,11 +86,20 @@ def export(cp: Path, output: Path, form: str, *, int8: bool = False, force: bool
             worst = {"stock class": compare_stock(folder, loaded)}
         else:
             worst = write_onnx(folder, loaded, int8=int8)
-            for name in ("model.safetensors", "config.json"):
-                (folder / name).unlink()
+            (folder / "model.safetensors").unlink()
         atomic_write(folder / "README.md", model_card(loaded, form, worst))
         files = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
     return Export(output, files, worst)
+
+
+def check_output(output: Path, cp: Path) -> None:
+    """Refuse a folder that holds the model itself, or anything that no export writes: it would be replaced whole."""
+    place, source = output.resolve(), cp.resolve()
+    if place == source or place in source.parents:
+        raise BertlingError(f"{output}: the model to export lies there; choose another folder")
+    others = sorted(path.name for path in output.iterdir() if path.name not in WRITTEN) if output.is_dir() else []
+    if others:
+        raise BertlingError(f"{output}: holds {others[0]}, which no export wrote; choose another folder")
 
 
 def need(*modules: str) -> None:

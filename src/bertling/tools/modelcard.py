@@ -43,7 +43,7 @@ def model_card(loaded: Loaded, form: str, worst: dict[str, float]) -> str:
         f"{config.hidden_size}, {config.num_attention_heads} heads, {count.total:,} parameters "
         f"({count.without_embeddings:,} without embeddings), vocabulary of {config.vocab_size:,}, up to "
         f"{config.max_position_embeddings:,} tokens. Made with bertling {bertling.__version__}.",
-        "## Use\n\n" + usage(head, form, name),
+        "## Use\n\n" + usage(head, form, config.max_position_embeddings),
         "## Scores\n\n" + scores(loaded, state),
         "## Training\n\n" + training(state),
         "## Data\n\n" + data(run_of(loaded.folder)),
@@ -60,21 +60,30 @@ def header(head: Head, form: str) -> str:
     return f"---\nlibrary_name: {library}\npipeline_tag: {PIPELINES[head]}\ntags:\n- bertling\n---"
 
 
-def usage(head: Head, form: str, name: str) -> str:
-    """A few lines that run."""
+def usage(head: Head, form: str, longest: int) -> str:
+    """A few lines that run in the model's folder."""
+    text = '"' + ASK[head] + '"'
     if form == "hf":
         code = f'''from transformers import pipeline
 
-ask = pipeline("{PIPELINES[head]}", model="{name}")
-print(ask("{ASK[head]}"))'''
+ask = pipeline("{PIPELINES[head]}", model=".")
+print(ask({text + (", truncation=True" if head == "classification" else "")}))'''
     else:
-        code = f'''import onnxruntime
+        code = f"""import json
+
+import onnxruntime
 from tokenizers import Tokenizer
 
 tokenizer = Tokenizer.from_file("tokenizer.json")
+tokenizer.enable_truncation({longest})
 session = onnxruntime.InferenceSession("model.onnx")
-text = tokenizer.encode("{ASK[head]}")
-print(session.run(None, {{"input_ids": [text.ids], "attention_mask": [text.attention_mask]}}))'''
+text = tokenizer.encode({text})
+(scores,) = session.run(None, {{"input_ids": [text.ids], "attention_mask": [text.attention_mask]}})
+"""
+        if head == "classification":
+            code += 'print(json.load(open("config.json"))["id2label"][str(scores[0].argmax())])'
+        else:
+            code = code.removeprefix("import json\n\n") + "print(scores)"
     return f"```python\n{code}\n```"
 
 
@@ -103,7 +112,10 @@ def scores(loaded: Loaded, state: dict[str, Any] | None) -> str:
     table = "\n".join(["| figure | value |", "|---|---|", *(f"| {name} | {value:,.4f} |" for name, value in rows)])
     if head_of(loaded.model) == "masked_lm":
         return f"{table}\n\nProtocol: {MLM_PROTOCOL}."
-    return f"{table}\n\nOver the whole dev set that the run was given; one seed."
+    whole = f"{table}\n\nOver the whole dev set that the run was given; one seed."
+    if state["best_step"] == state["step"]:
+        whole += " The step was picked by this accuracy, which makes it a little too good."
+    return whole
 
 
 def training(state: dict[str, Any] | None) -> str:

@@ -290,9 +290,9 @@ class Tour:
         self.heading(
             "Pre-training",
             "The lesson of BERT: hide some tokens of a row and let the model guess them from those to the left and to "
-            "the right. In each of its layers every token first looks at all the others (attention) and then thinks on "
-            "its own (the MLP). Wrong guesses change its weights a little, thousands of times; nobody has to label "
-            "anything.",
+            "the right. In each of its layers every token first looks at others, near ones or all (attention), and "
+            "then thinks on its own (the MLP). Wrong guesses change its weights a little, thousands of times; nobody "
+            "has to label anything.",
         )
         values = {"base-dir": str(self.folder), "run-id": PRETRAINED, "seq-len": str(ROW)}
         values |= {"dataset-pattern": self.train, "val-dataset-pattern": self.val}
