@@ -96,9 +96,9 @@ then by `bertling finetune` on SST-2's 67,349 phrases: {sst2_length}, with
 
 ## Data and licence
 
-24,920 articles of the English Wikipedia of 2015 (text by its authors, CC BY-SA 3.0), none of them among WikiText-103's
-validation articles; the weights are given under the same licence. The classifier learned from SST-2 (Socher et al.
-2013, in GLUE's form), phrases of film reviews.
+24,920 articles of the English Wikipedia of 2015 (text by its authors, CC BY-SA 3.0), section titles in WikiText's form
+(` = = Title = = `), none of the articles among WikiText-103's validation articles; the weights are given under the same
+licence. The classifier learned from SST-2 (Socher et al. 2013, in GLUE's form), phrases of film reviews.
 
 ## Limits
 
