@@ -64,6 +64,8 @@ def test_without_a_compiler_the_model_runs_eagerly_and_says_so(monkeypatch: pyte
     assert "no C++ compiler was found" in chosen.notes[0]
     monkeypatch.setattr(runtime, "can_compile", lambda: True)
     assert build_runtime(Settings(device="cpu", dtype="fp32", compile="true", threads=1)).compile
+    assert torch.are_deterministic_algorithms_enabled()  # so that a resumed run is equal to the bit
+    torch.use_deterministic_algorithms(False)
 
 
 def test_the_compiler_is_the_one_that_torch_would_take(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -59,6 +59,10 @@ def build_runtime(settings: Settings, *, local_rank: int = 0, local_processes: i
     if wanted and not can_compile():
         notes.append("no C++ compiler was found, so the model runs uncompiled: the same results, slower steps")
         wanted = False
+    if wanted and device.type == "cpu":
+        # Threads of compiled code add gradients up in any order otherwise: a resumed run would differ in the last bits.
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a cost, no use here
     return Runtime(device, dtype, wanted, tuple(notes))
 
 
@@ -126,7 +130,7 @@ def multiplies_bf16() -> bool:
 def compile_pays(settings: Settings, device: torch.device) -> bool:
     """Whether a run is planned to last long enough: not by its speed so far, so that a resumed run decides alike.
 
-    On a CPU compiling gained nothing where we measured it (docs/experiments.md), so there it is done on request.
+    On a CPU what compiling gains depends on model and batch (docs/experiments.md), so there it is done on request.
     """
     if device.type != "cuda" or settings.task_type != "mlm":  # texts of each length would be compiled anew
         return False
