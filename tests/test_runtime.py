@@ -15,9 +15,14 @@ CPU = torch.device("cpu")
 
 @pytest.mark.parametrize(
     ("has", "expected"),
-    [({"avx512_bf16": True}, torch.bfloat16), ({"amx_bf16": True}, torch.bfloat16), ({"avx2": True}, torch.float32)],
+    [
+        ({"avx512_bf16": True, "cpu_name": "AMD Zen 4"}, torch.bfloat16),
+        ({"avx512_bf16": True, "amx_bf16": False, "cpu_name": "Intel Xeon"}, torch.float32),
+        ({"avx512_bf16": True, "amx_bf16": True, "cpu_name": "Intel Xeon"}, torch.bfloat16),
+        ({"avx2": True}, torch.float32),
+    ],
 )
-def test_auto_takes_bf16_only_where_the_hardware_multiplies_it(
+def test_auto_takes_bf16_only_where_the_hardware_multiplies_it_faster(
     monkeypatch: pytest.MonkeyPatch, has: dict[str, bool], expected: torch.dtype
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has)

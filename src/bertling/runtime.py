@@ -16,7 +16,6 @@ from bertling.settings import Settings
 COMPILE_PAYS_MINUTES = 10.0
 COMPILE_PAYS_STEPS = 2000
 M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # of glibc's malloc.h
-BF16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16")
 
 
 @dataclass(frozen=True)
@@ -119,12 +118,16 @@ def choose_dtype(wanted: str, device: torch.device) -> torch.dtype:
 
 
 def multiplies_bf16() -> bool:
-    """Whether this CPU has instructions for bf16 products; without them they are emulated, slower than fp32.
+    """Whether this CPU multiplies bf16 faster than fp32: with AMX, and with AVX512-BF16 unless Intel made it.
 
+    Without such instructions bf16 is emulated, and with Intel's AVX512-BF16 it takes twice as long as fp32
+    (docs/performance.md).
     Asked of the hardware, not of a clock: every process of a run, and a resumed one, must choose alike.
     """
-    capabilities = torch.cpu.get_capabilities()
-    return any(capabilities.get(name, False) for name in BF16_INSTRUCTIONS)
+    has = torch.cpu.get_capabilities()
+    if has.get("amx_bf16", False):
+        return True
+    return bool(has.get("avx512_bf16", False)) and not str(has.get("cpu_name", "")).startswith("Intel")
 
 
 def compile_pays(settings: Settings, device: torch.device) -> bool:

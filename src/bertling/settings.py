@@ -164,8 +164,8 @@ class Settings:
     device: Literal["auto", "cpu", "cuda", "mps"] = setting("auto", "where to compute")
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = setting(
         "auto",
-        "number format of the matrix products; auto: bf16 where the hardware has it (GPUs; CPUs with "
-        "AVX512-BF16 or AMX)",
+        "number format of the matrix products; auto: bf16 where it is the faster one (GPUs; CPUs with AMX, AMD's "
+        "with AVX512-BF16)",
     )
     compile: Literal["auto", "true", "false"] = setting("auto", "torch.compile; auto: for runs long enough to pay")
     fused_adamw: bool = setting(True, "AdamW in one fused kernel")

@@ -100,9 +100,13 @@ def clocked(batches: Any, steps: int) -> dict[str, Any]:
 def finetune_theirs(
     data: str, vocab: str, folder: str, steps: int, batch: int, device: str, best: bool
 ) -> dict[str, Any]:
-    """BERT 6 x 768 by the Trainer on its guide's way to classify texts; at its best bf16, by length, fused AdamW."""
+    """BERT 6 x 768 by the Trainer on its guide's way to classify texts; at its best in the faster number format, by
+    length, with fused AdamW."""
+    import torch
     import transformers
     from datasets import load_dataset
+
+    from bertling.runtime import choose_dtype
 
     tokenizer = stock_tokenizer(vocab)
     table = load_dataset("parquet", data_files=data, split="train", cache_dir=folder)
@@ -117,7 +121,8 @@ def finetune_theirs(
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             times.append(time.perf_counter())
 
-    more = {"bf16": True, "train_sampling_strategy": "group_by_length", "optim": "adamw_torch_fused"} if best else {}
+    bf16 = choose_dtype("auto", torch.device(device)) == torch.bfloat16
+    more = {"bf16": bf16, "train_sampling_strategy": "group_by_length", "optim": "adamw_torch_fused"} if best else {}
     arguments = transformers.TrainingArguments(
         folder,
         per_device_train_batch_size=batch,
