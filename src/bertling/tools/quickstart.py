@@ -38,7 +38,7 @@ LABEL, ROW, SEED = "prose", 64, 123
 PRETRAINED, SENTIMENT, SCRATCH = "pretrain", "sentiment", "sentiment-from-scratch"
 VOCABULARY = 2000
 """Entries. A small vocabulary keeps every entry frequent, which little text and little time need."""
-SHAPE = {"preset": "modern", "n-layers": "4", "d-model": "128", "heads": "4", "local-attention": "16"}
+SHAPE = {"preset": "modern", "n-layers": "2", "d-model": "128", "heads": "4", "local-attention": "16"}
 PRETRAINING = {
     "batch-size": "64",
     "optimizer": "muon",
