@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import transformers
 
-from bertling.runtime import choose_dtype, keep_freed_memory
+from bertling.runtime import choose_device, choose_dtype, keep_freed_memory
 from bertling.samples import Samples, open_samples
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -31,7 +31,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "learning_rate": 1e-3,
         "warmup_steps": 0.06,  # a share, being below 1
         "weight_decay": 0.01,
-        "bf16": choose_dtype("auto", torch.device("cuda" if torch.cuda.is_available() else "cpu")) == torch.bfloat16,
+        "bf16": choose_dtype("auto", choose_device("auto")) == torch.bfloat16,
         "optim": "adamw_torch_fused",
         "torch_compile": True,
     },

@@ -16,6 +16,8 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize(
     ("has", "expected"),
     [
+        ({"avx512_bf16": True}, torch.bfloat16),
+        ({"amx_bf16": True}, torch.bfloat16),
         ({"avx512_bf16": True, "cpu_name": "AMD Zen 4"}, torch.bfloat16),
         ({"avx512_bf16": True, "amx_bf16": False, "cpu_name": "Intel Xeon"}, torch.float32),
         ({"avx512_bf16": True, "amx_bf16": True, "cpu_name": "Intel Xeon"}, torch.bfloat16),

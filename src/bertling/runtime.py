@@ -121,13 +121,12 @@ def multiplies_bf16() -> bool:
     """Whether this CPU multiplies bf16 faster than fp32: with AMX, and with AVX512-BF16 unless Intel made it.
 
     Without such instructions bf16 is emulated, and with Intel's AVX512-BF16 it takes twice as long as fp32
-    (docs/performance.md).
+    (docs/experiments.md).
     Asked of the hardware, not of a clock: every process of a run, and a resumed one, must choose alike.
     """
     has = torch.cpu.get_capabilities()
-    if has.get("amx_bf16", False):
-        return True
-    return bool(has.get("avx512_bf16", False)) and not str(has.get("cpu_name", "")).startswith("Intel")
+    by_intel = str(has.get("cpu_name", "")).startswith("Intel")
+    return bool(has.get("amx_bf16", False) or (has.get("avx512_bf16", False) and not by_intel))
 
 
 def compile_pays(settings: Settings, device: torch.device) -> bool:

@@ -192,9 +192,7 @@ class Bench:
             steps * batch,
             {"bertling finetune": side("finetune_ours")},
             {
-                "Trainer at its best (the faster number format, by length, fused AdamW)": side(
-                    "finetune_theirs", best=True
-                ),
+                "Trainer, its faster format, by length, fused AdamW": side("finetune_theirs", best=True),
                 "Trainer at its defaults": side("finetune_theirs", best=False),
             },
         )

@@ -187,7 +187,7 @@ class Stock:
         stock = transformers.AutoModelForMaskedLM.from_config(transformers.AutoConfig.for_model(**config))
         self.model = stock.to(runtime.device).train()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=best)
-        self.device, self.best, self.count = runtime.device, best, 0
+        self.device, self.count = runtime.device, 0
         bf16 = best and choose_dtype("auto", runtime.device) == torch.bfloat16
         self.autocast = torch.autocast(runtime.device.type, dtype=torch.bfloat16, enabled=bf16)
         self.runtime = f"{'bf16' if bf16 else 'fp32'}, {'compiled' if best else 'eager'}"
