@@ -95,7 +95,7 @@ def train(options: argparse.Namespace, steps: int, seconds: float) -> tuple[Any,
         logging_strategy="no",
         disable_tqdm=True,
         use_cpu=not torch.cuda.is_available(),
-        **SETTINGS[options.how],
+        **SETTINGS[options.how] | ({"per_device_train_batch_size": options.rows} if options.rows else {}),
     )
     clock = Clock(seconds)
     trainer = transformers.Trainer(
@@ -115,6 +115,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="work folder with vocab/ and datasets/")
     parser.add_argument("--output", type=Path, required=True, help="folder for the trained model")
     parser.add_argument("--how", choices=list(SETTINGS), required=True)
+    parser.add_argument("--rows", type=int, help="rows a step, instead of the 8 or 64 above")
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
