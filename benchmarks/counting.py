@@ -38,7 +38,7 @@ CHUNK_ROWS = 1 << 16
 LARGEST = 20_000
 """Entries of a vocabulary whose tables memory holds."""
 
-Place = tuple[Tensor, Tensor, Tensor]
+Places = tuple[Tensor, Tensor, Tensor]
 """Of n scored places: the neighbours [n, 4] (-1 where there is none to see), the token shown [n] (-1 for [MASK]), and
 the one that is right [n]."""
 
@@ -66,7 +66,7 @@ def log_ratios(counts: Tensor, unigram: Tensor) -> Tensor:
     return ratios
 
 
-def scored_places(input_ids: Tensor, positions: Tensor, labels: Tensor, mask_id: int) -> Place:
+def scored_places(input_ids: Tensor, positions: Tensor, labels: Tensor, mask_id: int) -> Places:
     """What is to be seen around the places of a masked batch [B, T]."""
     positions, labels = positions[labels != IGNORED], labels[labels != IGNORED]
     tokens, length = input_ids.flatten(), input_ids.shape[1]
@@ -78,7 +78,7 @@ def scored_places(input_ids: Tensor, positions: Tensor, labels: Tensor, mask_id:
     return neighbours.masked_fill(hidden, -1), shown.masked_fill(shown == mask_id, -1), labels
 
 
-def fitting_places(train: Samples, tokenizer: Tokenizer, every: int) -> Place:
+def fitting_places(train: Samples, tokenizer: Tokenizer, every: int) -> Places:
     """The scored places of the rows set aside."""
     masked = mask_tokens(
         torch.from_numpy(train.fetch_originals(np.arange(0, train.rows, every))),
@@ -91,7 +91,7 @@ def fitting_places(train: Samples, tokenizer: Tokenizer, every: int) -> Place:
     return scored_places(masked.input_ids, masked.positions, masked.labels, tokenizer.mask_id)
 
 
-def validation_places(val: Samples, tokenizer: Tokenizer) -> Iterator[Place]:
+def validation_places(val: Samples, tokenizer: Tokenizer) -> Iterator[Places]:
     """The scored places of the validation set, as every evaluation draws them."""
     for batch in evaluation_batches(val, tokenizer, batch_size=EVAL_BATCH, **EVAL_MASKS._asdict()):
         assert batch.positions is not None
@@ -106,9 +106,8 @@ class CountingModel:
         unigram = (counts + 0.5) / (counts + 0.5).sum()
         self.unigram = unigram.log()
         self.unigram[list(special_ids)] = -30.0  # they are never behind a mask
-        self.tables = [
-            log_ratios(table, unigram) for pair in pairs for table in (pair, pair.T)
-        ]  # in the order of PLACES
+        # In the order of PLACES.
+        self.tables = [log_ratios(table, unigram) for pair in pairs for table in (pair, pair.T)]
         self.weights = torch.tensor([1.0, 0.8, 0.8, 0.4, 0.4], requires_grad=True)
 
     def evidence(self, neighbours: Tensor) -> Tensor:
@@ -128,7 +127,7 @@ class CountingModel:
         bonus[seen, shown[seen]] = float(np.log1p(kept))
         return (scores + bonus).log_softmax(dim=-1)
 
-    def fit(self, places: Place) -> None:
+    def fit(self, places: Places) -> None:
         """Find the weights under which the right tokens are likeliest."""
         neighbours, shown, labels = places
         evidence = self.evidence(neighbours)

@@ -86,6 +86,9 @@ def train(options: argparse.Namespace, steps: int, seconds: float) -> tuple[Any,
             pad_token_id=tokenizer.pad_token_id,
         )
     )
+    chosen = dict(SETTINGS[options.how])
+    if options.rows is not None:
+        chosen["per_device_train_batch_size"] = options.rows
     arguments = transformers.TrainingArguments(
         str(options.output),
         max_steps=steps,
@@ -95,7 +98,7 @@ def train(options: argparse.Namespace, steps: int, seconds: float) -> tuple[Any,
         logging_strategy="no",
         disable_tqdm=True,
         use_cpu=not torch.cuda.is_available(),
-        **SETTINGS[options.how] | ({"per_device_train_batch_size": options.rows} if options.rows else {}),
+        **chosen,
     )
     clock = Clock(seconds)
     trainer = transformers.Trainer(
