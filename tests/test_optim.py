@@ -7,11 +7,22 @@ import pytest
 import torch
 
 from bertling.model import BertForMaskedLM
-from bertling.optim import build_optimizers, build_schedule, pack_state, set_learning_rate, unpack_state
+from bertling.optim import (
+    NEWTON_SCHULZ,
+    NEWTON_SCHULZ_STEPS,
+    GramMuon,
+    build_optimizers,
+    build_schedule,
+    orthogonalize,
+    pack_state,
+    set_learning_rate,
+    unpack_state,
+)
 from bertling.presets import preset_config
 from bertling.settings import Settings
 
 CPU = torch.device("cpu")
+DTYPES = torch.float32, torch.bfloat16
 
 
 def rates(settings: Settings, steps: int) -> list[float]:
@@ -81,19 +92,23 @@ def make_model() -> Callable[[], BertForMaskedLM]:
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_only_matrices_decay(make_model: Callable[[], BertForMaskedLM], optimizer: str) -> None:
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_only_matrices_decay(make_model: Callable[[], BertForMaskedLM], optimizer: str, dtype: torch.dtype) -> None:
     model = make_model()
-    built = build_optimizers(model, Settings(optimizer=optimizer, weight_decay=0.3), CPU)
+    built = build_optimizers(model, Settings(optimizer=optimizer, weight_decay=0.3), CPU, dtype)
     decays = {p: group["weight_decay"] for one in built for group in one.param_groups for p in group["params"]}
     assert len(decays) == len(list(model.parameters()))
     for name, parameter in model.named_parameters():
         assert decays[parameter] == (0.3 if parameter.ndim == 2 else 0.0), name
 
 
-def test_muon_takes_the_matrices_of_the_encoder_and_nothing_else(make_model: Callable[[], BertForMaskedLM]) -> None:
+@pytest.mark.parametrize(("dtype", "kind"), [(torch.float32, GramMuon), (torch.bfloat16, torch.optim.Muon)])
+def test_muon_takes_the_matrices_of_the_encoder_and_nothing_else(
+    make_model: Callable[[], BertForMaskedLM], dtype: torch.dtype, kind: type[torch.optim.Optimizer]
+) -> None:
     model = make_model()
-    adamw, muon = build_optimizers(model, Settings(optimizer="muon", muon_learning_rate=0.05), CPU)
-    assert isinstance(muon, torch.optim.Muon)
+    adamw, muon = build_optimizers(model, Settings(optimizer="muon", muon_learning_rate=0.05), CPU, dtype)
+    assert type(muon) is kind
     taken = {p for group in muon.param_groups for p in group["params"]}
     names = {name.split(".", 3)[3] for name, p in model.named_parameters() if p in taken}
     assert names == {
@@ -105,7 +120,50 @@ def test_muon_takes_the_matrices_of_the_encoder_and_nothing_else(make_model: Cal
     assert len(taken) == 8
     assert set_learning_rate([adamw, muon], 0.5) == pytest.approx(5e-4)
     assert muon.param_groups[0]["lr"] == pytest.approx(0.025)
-    assert [type(one) for one in build_optimizers(model, Settings(), CPU)] == [torch.optim.AdamW]
+    assert [type(one) for one in build_optimizers(model, Settings(), CPU, dtype)] == [torch.optim.AdamW]
+
+
+@pytest.mark.parametrize("shape", [(24, 8), (8, 8), (8, 22)])
+def test_orthogonalizing_on_gram_matrices_is_the_iteration_of_newton_and_schulz(shape: tuple[int, int]) -> None:
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    u, s, v = torch.linalg.svd(matrix.double(), full_matrices=False)
+    a, b, c = NEWTON_SCHULZ
+    s = s / s.norm()
+    for _ in range(NEWTON_SCHULZ_STEPS):
+        s = a * s + b * s**3 + c * s**5
+    assert s.max() < 1.25
+    found = orthogonalize(matrix)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), u * s @ v, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("rank", [0, 1, 3])
+def test_orthogonalizing_leaves_what_a_gradient_does_not_say_near_zero(rank: int) -> None:
+    generator = torch.Generator().manual_seed(1)
+    matrix = torch.randn(64, rank, generator=generator) @ torch.randn(rank, 16, generator=generator)
+    values = torch.linalg.svdvals(orthogonalize(matrix))
+    assert (values[:rank] > 0.5).all()
+    assert (values[rank:] < 1e-3).all()
+
+
+def test_muon_in_fp32_goes_where_torchs_goes() -> None:
+    generator = torch.Generator().manual_seed(1)
+    shapes = (24, 8), (8, 8), (8, 22)
+    ours = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
+    theirs = [torch.nn.Parameter(weight.detach().clone()) for weight in ours]
+    begin = [weight.detach().clone() for weight in ours]
+    optimizers = [
+        GramMuon(ours, lr=0.1, momentum=0.95, weight_decay=0.5),
+        torch.optim.Muon(theirs, lr=0.1, momentum=0.95, weight_decay=0.5),
+    ]
+    for _ in range(10):
+        for one, other in zip(ours, theirs, strict=True):
+            one.grad = torch.randn(one.shape, generator=generator)
+            other.grad = one.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for one, other, was in zip(ours, theirs, begin, strict=True):
+        assert (one - other).norm() < 0.02 * (other - was).norm()  # torch's rounds to bf16's 8 bits
 
 
 def train(model: BertForMaskedLM, optimizers: list[torch.optim.Optimizer], steps: range) -> None:
@@ -121,12 +179,13 @@ def train(model: BertForMaskedLM, optimizers: list[torch.optim.Optimizer], steps
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_a_state_that_was_packed_goes_on_bit_equal(
-    make_model: Callable[[], BertForMaskedLM], optimizer: str, fused: bool
+    make_model: Callable[[], BertForMaskedLM], optimizer: str, fused: bool, dtype: torch.dtype
 ) -> None:
     settings = Settings(optimizer=optimizer, fused_adamw=fused)
     whole = make_model()
-    optimizers = build_optimizers(whole, settings, CPU)
+    optimizers = build_optimizers(whole, settings, CPU, dtype)
     train(whole, optimizers, range(3))
     weights = {name: tensor.clone() for name, tensor in whole.state_dict().items()}
     packed = {name: tensor.clone() for name, tensor in pack_state(optimizers).items()}
@@ -134,7 +193,7 @@ def test_a_state_that_was_packed_goes_on_bit_equal(
 
     resumed = make_model()
     resumed.load_state_dict(weights)
-    again = build_optimizers(resumed, settings, CPU)
+    again = build_optimizers(resumed, settings, CPU, dtype)
     unpack_state(again, packed)
     assert {name: tensor.tolist() for name, tensor in pack_state(again).items()} == {
         name: tensor.tolist() for name, tensor in packed.items()

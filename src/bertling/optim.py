@@ -1,6 +1,7 @@
 """Parameter groups, AdamW and Muon, and learning rates as pure functions of the progress of a run."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -10,12 +11,19 @@ from bertling.settings import Settings
 
 HIDDEN = ("encoder.", "mlm_head.transform.", "pooler.")
 """Where the matrices are that Muon takes: neither embeddings nor scores, whose rows stand each for itself."""
+MOMENTUM = 0.95
+NEWTON_SCHULZ = 3.4445, -4.7750, 2.0315
+"""One step of the iteration takes each singular value s to a s + b s^3 + c s^5 (Jordan et al. 2024)."""
+NEWTON_SCHULZ_STEPS = 5
 
 
-def build_optimizers(model: nn.Module, settings: Settings, device: torch.device) -> list[torch.optim.Optimizer]:
+def build_optimizers(
+    model: nn.Module, settings: Settings, device: torch.device, dtype: torch.dtype
+) -> list[torch.optim.Optimizer]:
     """AdamW (Loshchilov & Hutter 2019), or Muon (Jordan et al. 2024) for the hidden matrices and AdamW for the rest.
 
-    Weight decay acts on matrices only. Each group remembers its highest rate as `peak_lr`.
+    Weight decay acts on matrices only. Each group remembers its highest rate as `peak_lr`. torch's Muon multiplies in
+    bf16, whatever the run does; where the run's `dtype` is another one, GramMuon takes its place.
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     hidden = {name for name, p in named if p.ndim == 2 and name.startswith(HIDDEN)}
@@ -34,19 +42,69 @@ def build_optimizers(model: nn.Module, settings: Settings, device: torch.device)
     optimizers: list[torch.optim.Optimizer] = [adamw]
     if hidden:
         matrices = [p for name, p in named if name in hidden]
+        muon = torch.optim.Muon if dtype == torch.bfloat16 else GramMuon
         optimizers.append(
-            torch.optim.Muon(
-                matrices,
-                lr=settings.muon_learning_rate,
-                momentum=0.95,
-                weight_decay=settings.weight_decay,
-                adjust_lr_fn="original",
-            )
+            muon(matrices, lr=settings.muon_learning_rate, momentum=MOMENTUM, weight_decay=settings.weight_decay)
         )
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
     return optimizers
+
+
+class GramMuon(torch.optim.Optimizer):
+    """Muon (Jordan et al. 2024) with Nesterov's momentum, for matrices alone, in the format that they are in.
+
+    What torch.optim.Muon does, up to the rounding of its bf16; for runs in another format (docs/experiments.md).
+    """
+
+    def __init__(self, params: Iterable[Tensor], lr: float, momentum: float, weight_decay: float) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One update; a parameter without a gradient is left alone."""
+        for group in self.param_groups:
+            rate, momentum = group["lr"], group["momentum"]
+            for weight in group["params"]:
+                if weight.grad is None:
+                    continue
+                state = self.state[weight]
+                if not state:
+                    state["momentum_buffer"] = torch.zeros_like(weight)
+                mean = state["momentum_buffer"].lerp_(weight.grad, 1 - momentum)
+                update = orthogonalize(weight.grad.lerp(mean, momentum))
+                rows, columns = weight.shape
+                weight.mul_(1 - rate * group["weight_decay"])
+                weight.add_(update, alpha=-rate * math.sqrt(max(1, rows / columns)))
+
+
+def orthogonalize(matrix: Tensor) -> Tensor:
+    """The same singular vectors, but all singular values near 1, save those near 0; [m, n] -> [m, n].
+
+    Each step of the iteration multiplies X by a polynomial of its Gram matrix X X'. So the polynomials are found first,
+    on that small square matrix alone, and X is multiplied once, by their product: for the matrices of a transformer
+    two thirds of the operations. The Gram matrix holds the singular values squared: fp32 bears that, bf16 does not.
+    """
+    tall = matrix.shape[0] > matrix.shape[1]
+    x = matrix.T if tall else matrix
+    x = x / x.norm().clamp(min=1e-7)
+    gram = x @ x.T
+    factor = product = polynomial(gram)
+    for _ in range(NEWTON_SCHULZ_STEPS - 1):
+        gram = factor @ (gram @ factor)  # the Gram matrix of factor @ X
+        factor = polynomial(gram)
+        product = factor @ product
+    output: Tensor = product @ x
+    return output.T if tall else output
+
+
+def polynomial(gram: Tensor) -> Tensor:
+    """What one step multiplies X by, a + b G + c G^2 of its Gram matrix G; [m, m] -> [m, m]."""
+    a, b, c = NEWTON_SCHULZ
+    factor = torch.addmm(gram, gram, gram, beta=b, alpha=c)
+    factor.diagonal().add_(a)
+    return factor
 
 
 @dataclass(frozen=True)

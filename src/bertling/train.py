@@ -67,7 +67,7 @@ class Trainer:
         if runtime.device.type == "cpu":
             keep_freed_memory()
         model.to(runtime.device)  # before the optimizers, whose state lies where the weights lie
-        self.optimizers = build_optimizers(model, settings, runtime.device)
+        self.optimizers = build_optimizers(model, settings, runtime.device, runtime.dtype)
         self.schedule = build_schedule(settings, self.total_steps)
         self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype == torch.float16)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
