@@ -376,6 +376,18 @@ def test_another_run_id_starts_anew_from_the_best_weights(train_mlm: Train, stop
     assert (stopped / "run.json").exists()
 
 
+def test_the_same_run_id_under_another_base_dir_starts_anew_too(
+    train_mlm: Train, stopped: Path, work: Path, tmp_path: Path
+) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    shutil.copytree(work / "datasets", elsewhere / "datasets")
+    before = about(stopped), (stopped / "config.ini").read_text()
+    outcome = train_mlm(cp=stopped, base_dir=elsewhere, run_id="run0", max_iters=9)
+    assert (outcome.run, outcome.step) == (elsewhere / "runs" / "run0", 9)
+    assert (about(stopped), (stopped / "config.ini").read_text()) == before
+    assert train_mlm(cp=stopped, base_dir=work, run_id="run0").run == stopped
+
+
 def test_a_finished_run_names_the_limit_that_it_has_reached(train_mlm: Train) -> None:
     run = train_mlm(max_iters=2).run
     with pytest.raises(BertlingError, match=r"is finished: it has done 2 of max-iters = 2; raise --max-iters"):

@@ -58,8 +58,8 @@ def resolve_start(
     """Fresh, from the weights of `cp`, or in the middle of a run: `cp` of the same task, or the newest unfinished one.
 
     A resumed run keeps its own settings; only flags on the command line change them, where that makes sense. With
-    another `run_id` a new run starts from the best weights of `cp` in any case. Of a run the newest intact checkpoint
-    counts; a checkpoint that is named itself must be intact.
+    another `run_id`, or the same one under another `base_dir`, a new run starts from the best weights of `cp` in any
+    case. Of a run the newest intact checkpoint counts; a checkpoint that is named itself must be intact.
     """
     if resume and cp is not None:
         raise BertlingError("--resume finds the run itself, --cp names one: give one of them")
@@ -71,7 +71,7 @@ def resolve_start(
     run = run_meant(cp)
     if run is None or COMMANDS.get(str(read_json(run / "run.json", "run description").get("task"))) != command:
         return Start(*resolve(command, files, flags), checkpoint=find_checkpoint(cp, "best"))
-    if not is_named(run, flags.get("run_id")):
+    if not is_named(run, flags.get("run_id")) or names_another_place(run, flags):
         return Start(*resolve(command, files, flags), checkpoint=find_checkpoint(cp, "best"))
     flags = flags_left(run, flags)
     check_idle(run)
@@ -100,6 +100,13 @@ def resolve_start(
 def is_named(run: Path, run_id: str | None) -> bool:
     """Whether a run, or the seeds of which it is one, was begun under this name; None fits all."""
     return run_id in (None, run.name, seeds_plan(run).get("run_id"))
+
+
+def names_another_place(run: Path, flags: Mapping[str, Any]) -> bool:
+    """Whether the flags name a folder, and another one than that of this run or its seeds."""
+    if flags.get("run_id") is None or flags.get("base_dir") is None:
+        return False
+    return (Path(flags["base_dir"]) / "runs").resolve() != run.resolve().parent
 
 
 def flags_left(run: Path, flags: Mapping[str, Any]) -> dict[str, Any]:
