@@ -3,8 +3,10 @@
 import errno
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -483,3 +485,39 @@ def test_two_preparations_of_one_name_do_not_mix(tmp_path: Path) -> None:
     for split in ("train", "val", "test"):
         assert open_samples(tmp_path / "data" / f"{split}_x_16_123").rows == written["splits"][split]["samples"]
     assert [path.name for path in (tmp_path / "data").iterdir() if "bertling" in path.name] == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_leaves_nothing_half_written(tmp_path: Path, number: signal.Signals) -> None:
+    (tmp_path / "t.txt").write_text("".join(f" = T{i} = \nthe old lamp was bright . \n" * 50 for i in range(20_000)))
+    words = [
+        "prepare",
+        "-i",
+        tmp_path / "t.txt",
+        "-l",
+        "x",
+        "-o",
+        tmp_path / "data",
+        "-m",
+        "16",
+        "-v",
+        Path(__file__).parent / "assets" / "vocab",
+        "--workers",
+        "2",
+    ]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "bertling", *map(str, words)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    while not list(tmp_path.glob("data/ids/.*bertling-tmp*")):
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.02)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, err
+    assert "Traceback" not in err
+    assert "leaked" not in err
+    assert [path for path in tmp_path.rglob("*") if "bertling-tmp" in path.name] == []

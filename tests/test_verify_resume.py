@@ -2,8 +2,10 @@
 
 import json
 import re
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -62,6 +64,24 @@ def test_a_killed_fine_tuning_too_through_the_command(work: Path) -> None:
     done = bertling("verify-resume", "-c", work / "tune.ini", "--from-scratch", "--steps", 20, "--kills", 1, "--json")
     assert done.status == 0, done.err
     assert (done.answer["passed"], done.answer["steps"], len(done.answer["kills"])) == (True, 20, 1)
+
+
+def test_a_signal_leaves_neither_a_training_nor_its_folder(work: Path) -> None:
+    lines = [f"{name.replace('_', '-')} = {value}" for name, value in TINY.items()]
+    (work / "c.ini").write_text("\n".join(lines) + "\n")
+    command = ["verify-resume", "-c", work / "c.ini", "--base-dir", work, "--steps", "100000"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "bertling", *map(str, command)], stderr=subprocess.PIPE, text=True
+    )
+    while not list(work.glob("verify-resume-*/runs/whole/logs/metrics.jsonl")):
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.02)
+    (child,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM, err
+    assert not Path(f"/proc/{child}").exists()
+    assert list(work.glob("verify-resume-*")) == []
 
 
 def test_a_killed_training_of_two_processes_too(work: Path) -> None:

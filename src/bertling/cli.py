@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from bertling.cli_use import USE_COMMANDS
-from bertling.console import answer, explain, forget_output, is_first, is_rank, say
+from bertling.console import answer, clean_end, explain, forget_output, is_first, is_rank, say
 from bertling.options import (
     PATH,
     GroupedCommand,
@@ -105,7 +105,7 @@ def prepare(
     from bertling.text import TextOptions
     from bertling.tokenizer import Tokenizer
 
-    with ByteProgress("preparing") as progress:
+    with clean_end(), ByteProgress("preparing") as progress:
         card = run_prepare(
             inputs,
             label,
@@ -285,9 +285,10 @@ def verify_resume(
     settings, explicit = read_settings(
         list(configs) or default_files(Path()), {} if base_dir is None else {"base_dir": base_dir}
     )
-    report = run_verify(
-        settings, explicit, cp=cp, from_scratch=from_scratch, steps=steps, kills=kills, seed=seed, say=say
-    )
+    with clean_end():
+        report = run_verify(
+            settings, explicit, cp=cp, from_scratch=from_scratch, steps=steps, kills=kills, seed=seed, say=say
+        )
     answer(report.to_dict(), report.text(), as_json)
     if not report.passed:
         sys.exit(1)

@@ -4,8 +4,11 @@ import contextlib
 import io
 import json
 import os
+import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import click
@@ -58,3 +61,20 @@ def forget_output() -> None:
     """Send what is still buffered nowhere: Python would try again at the end, and complain."""
     with contextlib.suppress(OSError), open(os.devnull, "wb") as nowhere:
         os.dup2(nowhere.fileno(), sys.stdout.fileno())
+
+
+@contextlib.contextmanager
+def clean_end() -> Iterator[None]:
+    """Within this context SIGTERM ends the process as Ctrl-C does: what is half-written is taken away; status 143.
+
+    For commands whose main thread waits in Python: a long call into a library would put the end off.
+    """
+
+    def end(number: int, frame: FrameType | None) -> None:
+        sys.exit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

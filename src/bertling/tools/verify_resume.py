@@ -89,10 +89,13 @@ def verify_resume(
             if (settings.base_dir / name).exists():
                 (folder / name).symlink_to((settings.base_dir / name).absolute())
         twin = Twin(folder, command_line(settings, explicit, folder, steps, cp, from_scratch))
-        say(f"training {steps} steps in one go")
-        twin.finish("whole")
-        say(f"training them again, with {kills} kills")
-        done = twin.kill_and_resume("killed", steps, kills, random.Random(seed))
+        try:
+            say(f"training {steps} steps in one go")
+            twin.finish("whole")
+            say(f"training them again, with {kills} kills")
+            done = twin.kill_and_resume("killed", steps, kills, random.Random(seed))
+        finally:
+            twin.end()
         whole, killed = folder / "runs" / "whole", folder / "runs" / "killed"
         found = difference(whole, killed)
         keep = found is not None
@@ -140,6 +143,7 @@ class Twin:
 
     def __init__(self, folder: Path, command: Sequence[str]) -> None:
         self.folder, self.command = folder, command
+        self.process: subprocess.Popen[str] | None = None
 
     def start(self, name: str) -> "subprocess.Popen[str]":
         """Begin the run, or go on with it."""
@@ -154,7 +158,14 @@ class Twin:
             shutil.rmtree(run)  # killed before its first checkpoint: nothing to resume
         error = (self.folder / f"{name}.err").open("a")
         with error:
-            return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=error, text=True)
+            self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=error, text=True)
+        return self.process
+
+    def end(self) -> None:
+        """Leave no training behind."""
+        if self.process is not None and self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
 
     def finish(self, name: str) -> None:
         """Train to the end."""
