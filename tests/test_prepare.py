@@ -49,6 +49,19 @@ def run(inputs: Path | list[Path], output: Path, **options: Any) -> DataCard:
     return prepare(paths, arguments.pop("label", "toy"), output, tokenizer=TOKENIZER, **arguments)
 
 
+def begin(source: Path, output: Path, *more: str) -> "subprocess.Popen[str]":
+    """The same in a process of its own."""
+    vocabulary = Path(__file__).parent / "assets" / "vocab"
+    command = ["prepare", "-i", str(source), "-l", "x", "-o", str(output), "-m", str(SEQ_LEN), "-v", str(vocabulary)]
+    return subprocess.Popen(
+        [sys.executable, "-m", "bertling", *command, *more],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
 def stream(path: Path) -> list[int]:
     """The text of a split: its rows without [CLS], [SEP] and padding."""
     samples = open_samples(path)
@@ -451,29 +464,10 @@ def test_progress_is_passed_on(tmp_path: Path) -> None:
 
 def test_two_preparations_of_one_name_do_not_mix(tmp_path: Path) -> None:
     """Both run at once over different texts; whichever is first, its splits and its card belong together."""
-    words = [
-        "-l",
-        "x",
-        "-o",
-        tmp_path / "data",
-        "-m",
-        "16",
-        "-v",
-        Path(__file__).parent / "assets" / "vocab",
-        "--workers",
-        "1",
-        "--json",
-    ]
     for name, line in (("one", "the old lamp was bright . "), ("two", "a quiet river in the night . ")):
         (tmp_path / f"{name}.txt").write_text("".join(f" = T{i} = \n{line * 200}\n" for i in range(60)))
     processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "bertling", "prepare", "-i", str(tmp_path / f"{name}.txt"), *map(str, words)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for name in ("one", "two")
+        begin(tmp_path / f"{name}.txt", tmp_path / "data", "--workers", "1", "--json") for name in ("one", "two")
     ]
     ended = [(*process.communicate(), process.returncode) for process in processes]
     assert all(status in (0, 2) and "Traceback" not in err for _, err, status in ended), ended
@@ -490,28 +484,7 @@ def test_two_preparations_of_one_name_do_not_mix(tmp_path: Path) -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_leaves_nothing_half_written(tmp_path: Path, number: signal.Signals) -> None:
     (tmp_path / "t.txt").write_text("".join(f" = T{i} = \nthe old lamp was bright . \n" * 50 for i in range(20_000)))
-    words = [
-        "prepare",
-        "-i",
-        tmp_path / "t.txt",
-        "-l",
-        "x",
-        "-o",
-        tmp_path / "data",
-        "-m",
-        "16",
-        "-v",
-        Path(__file__).parent / "assets" / "vocab",
-        "--workers",
-        "2",
-    ]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "bertling", *map(str, words)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    process = begin(tmp_path / "t.txt", tmp_path / "data", "--workers", "2")
     while not list(tmp_path.glob("data/ids/.*bertling-tmp*")):
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.02)
