@@ -127,7 +127,8 @@ start_options = together(
         "--cp",
         type=PATH,
         help="run, checkpoint or Hugging Face model folder: go on with a run of this kind "
-        "(with another --run-id: a new run from its weights), else start from its weights",
+        "(with another --run-id, or one under another --base-dir: a new run from its weights), else start from its "
+        "weights",
     ),
     click.option("--resume", is_flag=True, help="go on with the newest unfinished run"),
 )

@@ -71,7 +71,7 @@ def resolve_start(
     run = run_meant(cp)
     if run is None or COMMANDS.get(str(read_json(run / "run.json", "run description").get("task"))) != command:
         return Start(*resolve(command, files, flags), checkpoint=find_checkpoint(cp, "best"))
-    if not is_named(run, flags.get("run_id")) or names_another_place(run, flags):
+    if not is_named(run, flags.get("run_id"), flags.get("base_dir")):
         return Start(*resolve(command, files, flags), checkpoint=find_checkpoint(cp, "best"))
     flags = flags_left(run, flags)
     check_idle(run)
@@ -97,16 +97,12 @@ def resolve_start(
     return Start(settings, frozenset(flags), run, checkpoint, state, tuple(notes))
 
 
-def is_named(run: Path, run_id: str | None) -> bool:
-    """Whether a run, or the seeds of which it is one, was begun under this name; None fits all."""
-    return run_id in (None, run.name, seeds_plan(run).get("run_id"))
-
-
-def names_another_place(run: Path, flags: Mapping[str, Any]) -> bool:
-    """Whether the flags name a folder, and another one than that of this run or its seeds."""
-    if flags.get("run_id") is None or flags.get("base_dir") is None:
-        return False
-    return (Path(flags["base_dir"]) / "runs").resolve() != run.resolve().parent
+def is_named(run: Path, run_id: str | None, base_dir: Path | None = None) -> bool:
+    """Whether a run, or the seeds of which it is one, has this name, and lies in `base_dir`; no name fits all."""
+    if run_id is None:
+        return True
+    here = base_dir is None or (base_dir / "runs").resolve() == run.resolve().parent
+    return here and run_id in (run.name, seeds_plan(run).get("run_id"))
 
 
 def flags_left(run: Path, flags: Mapping[str, Any]) -> dict[str, Any]:
