@@ -125,7 +125,7 @@ class Settings:
     )
     learning_rate: float = setting(1e-3, "highest learning rate of AdamW", finetune=1e-4, above=0)
     muon_learning_rate: float = setting(
-        0.02, "highest learning rate of Muon (torch's, adjust_lr_fn 'original')", above=0
+        0.02, "highest learning rate of Muon (as in torch's with adjust_lr_fn 'original')", above=0
     )
     min_learning_rate: float | None = setting(None, "learning rate at the end; unset: 0", minimum=0)
     schedule: Literal["cosine", "trapezoid"] = setting(
