@@ -28,7 +28,7 @@ LEVELS = """
     presets
     model stock
     interop
-    optim checkpoint
+    optim checkpoint int8
     distributed illustrate
     tasks
     sinks vectors

@@ -22,7 +22,7 @@ from bertling.model import BertForMaskedLM
 from bertling.prepare import prepare
 from bertling.presets import preset_config
 from bertling.runlog import read_metrics
-from bertling.runtime import Runtime
+from bertling.runtime import Runtime, multiplies_int8
 from bertling.samples import match_samples, open_samples
 from bertling.settings import Settings
 from bertling.tasks import MaskedLMTask
@@ -112,11 +112,30 @@ def test_the_losses_of_50_steps_are_those_on_record(train_mlm: Train, optimizer:
     assert [losses[step] for step in (1, 10, 20, 30, 40, 50)] == pytest.approx(GOLDEN[optimizer], rel=2e-3)
 
 
-@pytest.mark.parametrize(("optimizer", "preset"), [("adamw", "bert"), ("muon", "modern")])
+def test_products_in_int8_learn_as_fast(train_mlm: Train) -> None:
+    outcome = train_mlm(max_iters=50, optimizer="muon", learning_rate=5e-3, dtype="int8")
+    losses = {entry["step"]: entry["train/loss"] for entry in read_metrics(outcome.run) if "train/loss" in entry}
+    found = [losses[step] for step in (1, 10, 20, 30, 40, 50)]
+    assert found == pytest.approx(GOLDEN["muon"], rel=1e-2)
+    if multiplies_int8():
+        assert found != pytest.approx(GOLDEN["muon"], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "preset", "dtype"),
+    [("adamw", "bert", "fp32"), ("muon", "modern", "fp32"), ("muon", "modern", "int8")],
+)
 def test_a_run_that_was_stopped_goes_on_bit_for_bit(
-    train_mlm: Train, monkeypatch: pytest.MonkeyPatch, optimizer: str, preset: str
+    train_mlm: Train, monkeypatch: pytest.MonkeyPatch, optimizer: str, preset: str, dtype: str
 ) -> None:
-    shape = {"optimizer": optimizer, "preset": preset, "dropout": 0.2, "val_interval": 4, "max_iters": 14}
+    shape = {
+        "optimizer": optimizer,
+        "preset": preset,
+        "dropout": 0.2,
+        "val_interval": 4,
+        "max_iters": 14,
+        "dtype": dtype,
+    }
     whole = train_mlm(**shape)
     at_step(monkeypatch, 5, lambda: signal.raise_signal(signal.SIGINT))
     handler = signal.getsignal(signal.SIGINT)

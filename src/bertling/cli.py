@@ -302,7 +302,7 @@ def verify_resume(
 @click.option("--batch-size", type=click.IntRange(1), default=64, show_default=True, help="step: rows")
 @click.option("--micro-batch-size", type=click.IntRange(1), help="step: rows per forward pass  [default: all]")
 @click.option("--seq-len", type=click.IntRange(8, 8192), default=128, show_default=True, help="step: tokens in a row")
-@click.option("--dtype", default="auto", show_default=True, help="step, ours: auto, bf16, fp16 or fp32")
+@click.option("--dtype", default="auto", show_default=True, help="step, ours: auto, bf16, fp16, fp32 or int8")
 @click.option("--compile", "compiled", default="auto", show_default=True, help="step, ours: auto, true or false")
 @click.option("--text", type=PATH, help="prepare: a .txt file  [default: this machine's documentation prose]")
 @click.option("--data", type=PATH, help="finetune, classify: labelled texts  [default: those of the demo]")

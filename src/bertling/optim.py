@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from bertling.settings import Settings
 
 HIDDEN = ("encoder.", "mlm_head.transform.", "pooler.")
-"""Where the matrices are that Muon takes: neither embeddings nor scores, whose rows stand each for itself."""
+"""Where the hidden matrices are: neither embeddings nor scores, whose rows stand each for itself. Muon takes these."""
 MOMENTUM = 0.95
 NEWTON_SCHULZ = 3.4445, -4.7750, 2.0315
 """One step of the iteration takes each singular value s to a s + b s^3 + c s^5 (Jordan et al. 2024)."""

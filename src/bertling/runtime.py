@@ -26,6 +26,8 @@ class Runtime:
     dtype: torch.dtype
     """Of the matrix products; weights, sums and losses stay in fp32."""
     compile: bool
+    int8: bool = False
+    """Whether the hidden matrices' products are in int8 while training (int8.py), instead of in `dtype`."""
     notes: tuple[str, ...] = ()
     """What was chosen for the user, and why, one line each."""
 
@@ -40,7 +42,7 @@ class Runtime:
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
         form = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[self.dtype]
         how = "compiled" if self.compile else "eager"
-        return f"{name}, {torch.get_num_threads()} threads, {form}, {how}"
+        return f"{name}, {torch.get_num_threads()} threads, {'int8 and ' if self.int8 else ''}{form}, {how}"
 
 
 def build_runtime(settings: Settings, *, local_rank: int = 0, local_processes: int = 1) -> Runtime:
@@ -54,6 +56,9 @@ def build_runtime(settings: Settings, *, local_rank: int = 0, local_processes: i
     dtype = choose_dtype(settings.dtype, device)
     if settings.dtype == "fp16" and device.type == "cpu":
         raise BertlingError("dtype = fp16: a CPU trains in bf16 or fp32; choose one of these or auto")
+    int8 = settings.dtype == "int8" and device.type == "cpu" and multiplies_int8()
+    if settings.dtype == "int8" and not int8:
+        notes.append("dtype = int8 needs a CPU with instructions for it (VNNI): products in the usual format instead")
     wanted = settings.compile == "true" or (settings.compile == "auto" and compile_pays(settings, device))
     if wanted and not can_compile():
         notes.append("no C++ compiler was found, so the model runs uncompiled: the same results, slower steps")
@@ -62,7 +67,7 @@ def build_runtime(settings: Settings, *, local_rank: int = 0, local_processes: i
         # Threads of compiled code add gradients up in any order otherwise: a resumed run would differ in the last bits.
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a cost, no use here
-    return Runtime(device, dtype, wanted, tuple(notes))
+    return Runtime(device, dtype, wanted, int8, tuple(notes))
 
 
 def keep_freed_memory() -> None:
@@ -108,7 +113,7 @@ def choose_device(wanted: str, local_rank: int = 0) -> torch.device:
 
 def choose_dtype(wanted: str, device: torch.device) -> torch.dtype:
     """bf16 where the hardware multiplies it faster, else fp16 on a GPU, else fp32."""
-    if wanted != "auto":
+    if wanted not in {"auto", "int8"}:
         return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[wanted]
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
@@ -127,6 +132,12 @@ def multiplies_bf16() -> bool:
     has = torch.cpu.get_capabilities()
     by_intel = str(has.get("cpu_name", "")).startswith("Intel")
     return bool(has.get("amx_bf16", False) or (has.get("avx512_bf16", False) and not by_intel))
+
+
+def multiplies_int8() -> bool:
+    """Whether this CPU has dot products of int8; without them torch's are slow, and overflow (its docs of x86)."""
+    has = torch.cpu.get_capabilities()
+    return bool(has.get("avx512_vnni", False) or has.get("avx_vnni", False))
 
 
 def compile_pays(settings: Settings, device: torch.device) -> bool:

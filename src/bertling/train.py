@@ -14,8 +14,9 @@ from bertling.distributed import Ranks
 from bertling.faults import floor_warning, stays_on_the_floor, stop_requests
 from bertling.files import BertlingError, is_disk_full, skipped_on_full_disk, write_json
 from bertling.illustrate import to_svg
+from bertling.int8 import use_int8
 from bertling.model import BertEncoder
-from bertling.optim import build_optimizers, build_schedule, pack_state, set_learning_rate, unpack_state
+from bertling.optim import HIDDEN, build_optimizers, build_schedule, pack_state, set_learning_rate, unpack_state
 from bertling.runlog import RunLog
 from bertling.runtime import Runtime, keep_freed_memory, step_seed
 from bertling.settings import Settings
@@ -67,6 +68,7 @@ class Trainer:
         if runtime.device.type == "cpu":
             keep_freed_memory()
         model.to(runtime.device)  # before the optimizers, whose state lies where the weights lie
+        use_int8(model, HIDDEN if runtime.int8 else ())
         self.optimizers = build_optimizers(model, settings, runtime.device, runtime.dtype)
         self.schedule = build_schedule(settings, self.total_steps)
         self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype == torch.float16)

@@ -1,0 +1,132 @@
+"""Products in int8 while training: how far they are off, where they are used, and that nothing else changes."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from bertling.int8 import LONGEST_SUM, Int8Linear, multiply, use_int8
+from bertling.model import BertForMaskedLM, BertForSequenceClassification
+from bertling.optim import HIDDEN
+from bertling.presets import preset_config
+from bertling.runtime import multiplies_int8
+
+pytestmark = pytest.mark.skipif(not multiplies_int8(), reason="this CPU has no dot products of int8 (VNNI)")
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def off(found: Tensor, exact: Tensor) -> float:
+    """How far off, as a share of the whole."""
+    return float((found - exact).norm() / exact.norm())
+
+
+def twins(rows: int = 64, width: int = 96, height: int = 160, *, bias: bool = False) -> tuple[nn.Linear, nn.Linear]:
+    exact, rounded = (nn.Linear(width, height, bias=bias) for _ in range(2))
+    rounded.load_state_dict(exact.state_dict())
+    use_int8(rounded, ("",))
+    return exact, rounded
+
+
+@pytest.mark.parametrize("m", [2, 63, 4096])
+@pytest.mark.parametrize("k", [16, 100, 704])
+@pytest.mark.parametrize("n", [1, 17, 256])
+def test_a_product_is_off_by_its_rounding_alone(m: int, k: int, n: int) -> None:
+    a, b = normal(m, k).double(), normal(k, n, seed=1).double()
+    half_a, half_b = a.abs().amax(1, keepdim=True) / 254, b.abs().amax(0, keepdim=True) / 254  # half a step each
+    bound = half_a * b.abs().sum(0) + a.abs().sum(1, keepdim=True) * half_b + k * half_a * half_b + 1e-4
+    for x in (a.float(), a.T.float().contiguous().T):  # however the factor lies in memory
+        found = multiply(x, b.float())
+        assert found.dtype == torch.float32
+        assert ((found - a @ b).abs() < bound).all()
+        torch.testing.assert_close(multiply(b.T.float(), x.T), found.T, rtol=1e-6, atol=0)
+
+
+def test_whole_numbers_whose_largest_is_127_multiply_exactly() -> None:
+    a, b = (
+        torch.randint(-127, 128, shape, generator=torch.Generator().manual_seed(0)) for shape in ((40, 300), (300, 9))
+    )
+    a[:, 0] = b[0] = 127
+    torch.testing.assert_close(multiply(a.float(), b.float()), (a @ b).float(), rtol=1e-6, atol=0.5)
+
+
+def test_rows_and_columns_have_steps_of_their_own() -> None:
+    a, b = normal(50, 64), normal(64, 30, seed=1)
+    scale = torch.logspace(-20, 4, 50)[:, None]
+    torch.testing.assert_close(multiply(a * scale, b), multiply(a, b) * scale, rtol=1e-3, atol=1e-30)
+    torch.testing.assert_close(multiply(a, b * scale[:30].T), multiply(a, b) * scale[:30].T, rtol=1e-3, atol=1e-30)
+    assert not multiply(torch.zeros(3, 64), b).any()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_what_is_not_finite_stays_so(bad: float) -> None:
+    a, b = normal(8, 64), normal(64, 4, seed=1)
+    a[3, 5] = bad
+    finite = multiply(a, b).isfinite().all(dim=1)
+    assert finite.tolist() == [row != 3 for row in range(8)]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_layer_and_its_gradients_are_close_to_the_exact_ones(bias: bool) -> None:
+    exact, rounded = twins(bias=bias)
+    found = []
+    for layer in (exact, rounded):
+        x = normal(4, 16, 96).requires_grad_()
+        y = layer(x)
+        y.backward(normal(4, 16, 160, seed=2))
+        found.append((y.detach(), x.grad, *(p.grad for p in layer.parameters())))
+    for one, other in zip(*found, strict=True):
+        assert one.shape == other.shape
+        assert off(other, one) < 0.02
+    assert off(found[1][0], found[0][0]) > 0
+
+
+def test_only_training_rounds() -> None:
+    exact, rounded = twins()
+    x = normal(8, 96)
+    assert not torch.equal(exact(x), rounded(x))
+    rounded.eval()
+    assert torch.equal(exact(x), rounded(x))
+
+
+def test_a_single_row_and_sums_that_might_overflow_are_not_rounded() -> None:
+    exact, rounded = twins(width=4, height=2)
+    for rows in (1, LONGEST_SUM):
+        x = torch.ones(rows, 4)
+        torch.testing.assert_close(rounded(x), exact(x), rtol=0, atol=0)
+
+
+def test_the_output_has_the_format_that_autocast_asks_for() -> None:
+    rounded = twins(bias=True)[1]
+    x = normal(8, 96).requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = rounded(x)
+        z = rounded(x.bfloat16())
+    assert (y.dtype, z.dtype) == (torch.bfloat16, torch.bfloat16)
+    (y.float().sum() + z.float().sum()).backward()
+    assert x.grad.dtype == torch.float32
+    assert all(p.grad.dtype == torch.float32 for p in rounded.parameters())
+
+
+@pytest.mark.parametrize("kind", [BertForMaskedLM, BertForSequenceClassification])
+@pytest.mark.parametrize("preset", ["modern", "bert"])
+def test_of_a_model_the_hidden_matrices_alone_are_taken_and_nothing_is_renamed(
+    kind: type[BertForMaskedLM], preset: str
+) -> None:
+    config = preset_config(preset, "mini", 100, max_position_embeddings=16, pad_token_id=0, labels=["no", "yes"])
+    model = kind(config, torch.Generator().manual_seed(0))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    use_int8(model, HIDDEN)
+    taken = {name for name, module in model.named_modules() if isinstance(module, Int8Linear)}
+    matrices = {name for name, p in model.named_parameters() if p.ndim == 2 and name.startswith(HIDDEN)}
+    assert {f"{name}.weight" for name in taken} == matrices
+    after = model.state_dict()
+    assert list(before) == list(after)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_without_matrices_named_nothing_is_taken() -> None:
+    layer = nn.Sequential(nn.Linear(4, 4))
+    use_int8(layer, ())
+    assert type(layer[0]) is nn.Linear
