@@ -22,7 +22,7 @@ def off(found: Tensor, exact: Tensor) -> float:
     return float((found - exact).norm() / exact.norm())
 
 
-def twins(rows: int = 64, width: int = 96, height: int = 160, *, bias: bool = False) -> tuple[nn.Linear, nn.Linear]:
+def twins(width: int = 96, height: int = 160, *, bias: bool = False) -> tuple[nn.Linear, nn.Linear]:
     exact, rounded = (nn.Linear(width, height, bias=bias) for _ in range(2))
     rounded.load_state_dict(exact.state_dict())
     use_int8(rounded, ("",))

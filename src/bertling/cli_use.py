@@ -6,7 +6,6 @@ from typing import Any, Literal
 import click
 
 from bertling.console import answer, say
-from bertling.files import BertlingError
 from bertling.options import (
     PATH,
     ask_options,
@@ -64,8 +63,6 @@ def open_model(cp: Path | None, device: str, dtype: str, task: Literal["fill", "
     from bertling.runtime import build_runtime
     from bertling.settings import parse_settings
 
-    if dtype == "int8":
-        raise BertlingError("dtype = int8: is for training only; choose fp32, bf16, fp16 or auto")
     if cp is None:
         say(f"model: the one that comes with bertling ({BOX / 'README.md'}); --cp takes your own")
     return load(cp, build_runtime(parse_settings({"device": device, "dtype": dtype})), task=task)

@@ -34,7 +34,9 @@ class Int8Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] -> [..., N], in the format of autocast or of `x`."""
         rows = x.reshape(-1, x.shape[-1])
-        if not self.training or not 1 < len(rows) < LONGEST_SUM:  # torch takes a single row wrongly: its issue 195066
+        longest = max(len(rows), *self.weight.shape)  # of the sums in the three products
+        # A single row torch may take wrongly, in silence: its issue 195066.
+        if not self.training or len(rows) == 1 or longest >= LONGEST_SUM:
             return F.linear(x, self.weight, self.bias)
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype

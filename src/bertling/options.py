@@ -193,11 +193,10 @@ ask_options = together(
         "--cp", type=PATH, help="run, checkpoint or Hugging Face model folder  [default: the model in the box]"
     ),
     device_option,
-    click.option(
+    choice_option(
         "--dtype",
-        default="fp32",
-        show_default=True,
-        help="number format of the matrix products: fp32, bf16, fp16, or auto, the fastest on this machine",
+        ["fp32", "bf16", "fp16", "auto"],
+        "number format of the matrix products; auto: the fastest on this machine",
     ),
 )
 """The model to ask, and the texts to ask it about."""

@@ -135,7 +135,7 @@ def multiplies_bf16() -> bool:
 
 
 def multiplies_int8() -> bool:
-    """Whether this CPU has dot products of int8; without them torch is slow, on some wrong too."""
+    """Whether this CPU has dot products of int8; without them torch's are slow, and on some their sums overflow."""
     has = torch.cpu.get_capabilities()
     return bool(has.get("avx512_vnni", False) or has.get("avx_vnni", False))
 

@@ -60,14 +60,15 @@ def flops(config: ModelConfig, rows: int, length: int, masked: int) -> float:
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """The most FLOP/s that this machine shows on a large square product."""
+    """The most FLOP/s (of integers as well) that this machine shows on a large square product."""
     size = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    multiply = torch._int_mm if dtype == torch.int8 else torch.mm
     best = float("inf")
     for _ in range(12):
         wait(device)
         started = time.perf_counter()
-        a @ b
+        multiply(a, b)
         wait(device)
         best = min(best, time.perf_counter() - started)
     return 2 * size**3 / best
@@ -186,7 +187,7 @@ def bench(workload: Workload, *, against: bool, rounds: int, settings: dict[str,
             processes.append(process)
             told[kind].append(heard(pipes[kind], kind))  # one after the other: compiling would disturb the next
         runtime = build_runtime(Settings(**settings))
-        peak = matmul_peak(runtime.device, runtime.dtype)
+        peak = matmul_peak(runtime.device, torch.int8 if runtime.int8 else runtime.dtype)
         for number in range(rounds):
             say(f"{workload}: round {number + 1} of {rounds}")
             for kind in kinds:
