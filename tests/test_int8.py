@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bertling.int8 import LONGEST_SUM, Int8Linear, multiply, use_int8
+from bertling.int8 import LONGEST_SUM, Int8Linear, multiply, to_int8, use_int8
 from bertling.model import BertForMaskedLM, BertForSequenceClassification
 from bertling.optim import HIDDEN
 from bertling.presets import preset_config
@@ -41,6 +41,15 @@ def test_a_product_is_off_by_its_rounding_alone(m: int, k: int, n: int) -> None:
         assert found.dtype == torch.float32
         assert ((found - a @ b).abs() < bound).all()
         torch.testing.assert_close(multiply(b.T.float(), x.T), found.T, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("rows", [1, 17, 48])
+def test_each_column_has_the_step_of_its_largest_number(rows: int) -> None:
+    x = normal(rows, 5)
+    for matrix, dim in ((x, 0), (x.T, 1)):  # the second lies in memory as the first does
+        integers, step = to_int8(matrix, dim)
+        torch.testing.assert_close(step, matrix.abs().amax(dim, keepdim=True) / 127)
+        assert integers.abs().amax(dim).eq(127).all()
 
 
 def test_whole_numbers_whose_largest_is_127_multiply_exactly() -> None:
