@@ -11,7 +11,6 @@ from bertling.attention import (
     SelfAttention,
     Sight,
     attention,
-    opaque_rotary_angles,
     padding_mask,
     reference_attention,
     rotary_angles,
@@ -117,13 +116,3 @@ def test_dropout_of_the_plain_attention_keeps_the_mean() -> None:
     runs = torch.stack([reference_attention(q, k, v, None, 0.3) for _ in range(2000)])
     assert torch.allclose(runs.mean(dim=0), reference_attention(q, k, v, None), atol=0.1)
     assert not torch.equal(runs[0], runs[1])
-
-
-def test_what_compiled_code_calls_for_the_angles_is_a_sound_operator() -> None:
-    torch.library.opcheck(opaque_rotary_angles, (5, 8, 10_000.0, CPU, torch.float32))
-    for compiled, plain in zip(
-        opaque_rotary_angles(5, 8, 100.0, CPU, torch.float64),
-        rotary_angles(5, 8, 100.0, CPU, torch.float64),
-        strict=True,
-    ):
-        assert torch.equal(compiled, plain)

@@ -104,6 +104,10 @@ def test_a_single_row_and_sums_that_might_overflow_are_not_rounded() -> None:
     for rows in (1, LONGEST_SUM):
         x = torch.ones(rows, 4)
         torch.testing.assert_close(rounded(x), exact(x), rtol=0, atol=0)
+    for width, height in ((LONGEST_SUM, 2), (2, LONGEST_SUM)):  # the sums of the other two products
+        exact, rounded = twins(width, height)
+        x = normal(3, width)
+        torch.testing.assert_close(rounded(x), exact(x), rtol=0, atol=0)
 
 
 def test_the_output_has_the_format_that_autocast_asks_for() -> None:

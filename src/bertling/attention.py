@@ -28,23 +28,9 @@ def rotary_angles(
 
     Made anew in every forward pass: a few thousand numbers, and no table to size, store, move or round to bf16.
     """
-    if torch.compiler.is_dynamo_compiling():
-        angles: tuple[Tensor, Tensor] = opaque_rotary_angles(length, head_dim, theta, device, dtype)
-        return angles
-    return plain_rotary_angles(length, head_dim, theta, device, dtype)
-
-
-def plain_rotary_angles(
-    length: int, head_dim: int, theta: float, device: torch.device, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
     frequencies = inverse_frequencies(head_dim, theta, device, dtype)
     angles = torch.arange(length, device=device)[:, None] * frequencies  # [T, K/2]
     return angles.cos(), angles.sin()
-
-
-# Not for the compiler to see: its code would take sines and cosines anew for every head of every token.
-opaque_rotary_angles = torch.library.custom_op("bertling::rotary_angles", plain_rotary_angles, mutates_args=())
-opaque_rotary_angles.register_fake(plain_rotary_angles)
 
 
 def inverse_frequencies(width: int, base: float, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
