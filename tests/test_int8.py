@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bertling.int8 import LONGEST_SUM, Int8Linear, multiply, to_int8, use_int8
+from bertling.int8 import LONGEST_SUM, Int8Linear, Int8Product, columns_to_int8, to_int8, use_int8
 from bertling.model import BertForMaskedLM, BertForSequenceClassification
 from bertling.optim import HIDDEN
 from bertling.presets import preset_config
@@ -29,27 +29,50 @@ def twins(width: int = 96, height: int = 160, *, bias: bool = False) -> tuple[nn
     return exact, rounded
 
 
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a [M, K] @ b [K, N] in int8."""
+    output: Tensor = Int8Product.apply(a, b.T)  # type: ignore[no-untyped-call]
+    return output
+
+
+def off_by(a: Tensor, a_off: Tensor, b: Tensor, b_off: Tensor) -> Tensor:
+    """How far a product of `a` and `b` is off at most, where their entries are off by that much."""
+    a_off, b_off = a_off.expand_as(a), b_off.to(b).expand_as(b)
+    return a_off @ b + a @ b_off + a_off @ b_off
+
+
 @pytest.mark.parametrize("m", [2, 63, 4096])
 @pytest.mark.parametrize("k", [16, 100, 704])
-@pytest.mark.parametrize("n", [1, 17, 256])
-def test_a_product_is_off_by_its_rounding_alone(m: int, k: int, n: int) -> None:
-    a, b = normal(m, k).double(), normal(k, n, seed=1).double()
-    half_a, half_b = a.abs().amax(1, keepdim=True) / 254, b.abs().amax(0, keepdim=True) / 254  # half a step each
-    bound = half_a * b.abs().sum(0) + a.abs().sum(1, keepdim=True) * half_b + k * half_a * half_b + 1e-4
-    for x in (a.float(), a.T.float().contiguous().T):  # however the factor lies in memory
-        found = multiply(x, b.float())
-        assert found.dtype == torch.float32
-        assert ((found - a @ b).abs() < bound).all()
-        torch.testing.assert_close(multiply(b.T.float(), x.T), found.T, rtol=1e-6, atol=0)
+@pytest.mark.parametrize("n", [2, 17, 256])
+def test_all_three_products_are_off_by_their_rounding_alone(m: int, k: int, n: int) -> None:
+    x, weight, gradient = normal(m, k).double(), normal(n, k, seed=1).double(), normal(m, n, seed=2).double()
+    x_step, weight_step = (factor.abs().amax(1, keepdim=True) / 127 for factor in (x, weight))  # [m, 1], [n, 1]
+    # Backwards the gradient is rounded together with the steps of the factor that stays as it was.
+    to_x, to_weight = (gradient * weight_step.T).abs(), (gradient * x_step).abs()
+    bounds = [
+        off_by(x.abs(), x_step / 2, weight.T.abs(), weight_step.T / 2),
+        off_by(to_x, to_x.amax(1, keepdim=True) / 254, (weight / weight_step).abs(), torch.tensor(0.5)),
+        off_by(to_weight.T, to_weight.T.amax(1, keepdim=True) / 254, (x / x_step).abs(), torch.tensor(0.5)),
+    ]
+    exact = x @ weight.T, gradient @ weight, gradient.T @ x
+    for lay in (torch.clone, lambda t: t.T.contiguous().T):  # however the factors lie in memory
+        leaves = [lay(t.float()).requires_grad_() for t in (x, weight)]
+        y = Int8Product.apply(*leaves)  # type: ignore[no-untyped-call]
+        y.backward(lay(gradient.float()))
+        for found, right, bound in zip((y, *(leaf.grad for leaf in leaves)), exact, bounds, strict=True):
+            assert found is not None
+            assert found.dtype == torch.float32
+            assert ((found - right).abs() < bound + 1e-4).all()
 
 
 @pytest.mark.parametrize("rows", [1, 17, 48])
-def test_each_column_has_the_step_of_its_largest_number(rows: int) -> None:
+def test_each_row_or_column_has_the_step_of_its_largest_number(rows: int) -> None:
     x = normal(rows, 5)
-    for matrix, dim in ((x, 0), (x.T, 1)):  # the second lies in memory as the first does
-        integers, step = to_int8(matrix, dim)
-        torch.testing.assert_close(step, matrix.abs().amax(dim, keepdim=True) / 127)
+    for function, dim in ((to_int8, 1), (columns_to_int8, 0)):
+        integers, step = function(x)
+        torch.testing.assert_close(step, x.abs().amax(dim, keepdim=True) / 127)
         assert integers.abs().amax(dim).eq(127).all()
+        assert ((integers * step - x).abs() < step * 0.501).all()
 
 
 def test_whole_numbers_whose_largest_is_127_multiply_exactly() -> None:
@@ -57,23 +80,30 @@ def test_whole_numbers_whose_largest_is_127_multiply_exactly() -> None:
         torch.randint(-127, 128, shape, generator=torch.Generator().manual_seed(0)) for shape in ((40, 300), (300, 9))
     )
     a[:, 0] = b[0] = 127
-    torch.testing.assert_close(multiply(a.float(), b.float()), (a @ b).float(), rtol=1e-6, atol=0.5)
+    torch.testing.assert_close(product(a.float(), b.float()), (a @ b).float(), rtol=1e-6, atol=0.5)
 
 
 def test_rows_and_columns_have_steps_of_their_own() -> None:
     a, b = normal(50, 64), normal(64, 30, seed=1)
     scale = torch.logspace(-20, 4, 50)[:, None]
-    torch.testing.assert_close(multiply(a * scale, b), multiply(a, b) * scale, rtol=1e-3, atol=1e-30)
-    torch.testing.assert_close(multiply(a, b * scale[:30].T), multiply(a, b) * scale[:30].T, rtol=1e-3, atol=1e-30)
-    assert not multiply(torch.zeros(3, 64), b).any()
+    torch.testing.assert_close(product(a * scale, b), product(a, b) * scale, rtol=1e-3, atol=1e-30)
+    torch.testing.assert_close(product(a, b * scale[:30].T), product(a, b) * scale[:30].T, rtol=1e-3, atol=1e-30)
+    assert not product(torch.zeros(3, 64), b).any()
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 def test_what_is_not_finite_stays_so(bad: float) -> None:
-    a, b = normal(8, 64), normal(64, 4, seed=1)
-    a[3, 5] = bad
-    finite = multiply(a, b).isfinite().all(dim=1)
-    assert finite.tolist() == [row != 3 for row in range(8)]
+    x, weight, gradient = normal(8, 64), normal(4, 64, seed=1), normal(8, 4, seed=2)
+    x[3, 5] = bad
+    leaves = [x.requires_grad_(), weight.requires_grad_()]
+    y = Int8Product.apply(*leaves)  # type: ignore[no-untyped-call]
+    assert y.isfinite().all(dim=1).tolist() == [row != 3 for row in range(8)]
+    gradient[1, 2] = bad
+    y.backward(gradient)
+    assert leaves[0].grad is not None
+    assert leaves[1].grad is not None
+    assert leaves[0].grad.isfinite().all(dim=1).tolist() == [row != 1 for row in range(8)]
+    assert not leaves[1].grad.isfinite().any()  # all of it sums over row 3 of the input
 
 
 @pytest.mark.parametrize("bias", [False, True])

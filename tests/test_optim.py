@@ -1,15 +1,16 @@
 """Learning rates over a run, which weights decay, which ones Muon takes, and states that come back bit-equal."""
 
+import math
 from collections.abc import Callable
 from itertools import pairwise
 
 import pytest
 import torch
+from torch import Tensor
 
 from bertling.model import BertForMaskedLM
 from bertling.optim import (
     NEWTON_SCHULZ,
-    NEWTON_SCHULZ_STEPS,
     GramMuon,
     build_optimizers,
     build_schedule,
@@ -123,18 +124,27 @@ def test_muon_takes_the_matrices_of_the_encoder_and_nothing_else(
     assert [type(one) for one in build_optimizers(model, Settings(), CPU, dtype)] == [torch.optim.AdamW]
 
 
+def iterated(s: Tensor) -> Tensor:
+    """What the iteration makes of singular values."""
+    for a, b, c in NEWTON_SCHULZ:
+        s = a * s + b * s**3 + c * s**5
+    return s
+
+
+def test_the_iteration_takes_singular_values_near_one() -> None:
+    s = iterated(torch.logspace(math.log10(0.003), 0, 1000, dtype=torch.float64))
+    assert 0.79 < s.min() < s.max() < 1.21
+
+
 @pytest.mark.parametrize("shape", [(24, 8), (8, 8), (8, 22)])
 def test_orthogonalizing_on_gram_matrices_is_the_iteration_of_newton_and_schulz(shape: tuple[int, int]) -> None:
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     u, s, v = torch.linalg.svd(matrix.double(), full_matrices=False)
-    a, b, c = NEWTON_SCHULZ
-    s = s / s.norm()
-    for _ in range(NEWTON_SCHULZ_STEPS):
-        s = a * s + b * s**3 + c * s**5
-    assert s.max() < 1.25
+    s = iterated(s / (1.01 * s.norm()))
+    assert s.max() < 1.21
     found = orthogonalize(matrix)
     assert found.dtype == torch.float32
-    torch.testing.assert_close(found.double(), u * s @ v, atol=1e-5, rtol=0)
+    torch.testing.assert_close(found.double(), u * s @ v, atol=5e-5, rtol=0)
 
 
 @pytest.mark.parametrize("rank", [0, 1, 3])
@@ -146,7 +156,8 @@ def test_orthogonalizing_leaves_what_a_gradient_does_not_say_near_zero(rank: int
     assert (values[rank:] < 1e-3).all()
 
 
-def test_muon_in_fp32_goes_where_torchs_goes() -> None:
+def test_muon_in_fp32_goes_where_torchs_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bertling.optim.NEWTON_SCHULZ", ((3.4445, -4.7750, 2.0315),) * 5)  # as torch has them
     generator = torch.Generator().manual_seed(1)
     shapes = (24, 8), (8, 8), (8, 22)
     ours = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]

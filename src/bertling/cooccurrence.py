@@ -23,8 +23,8 @@ OWN_PLACES = 2
 """The nearest of them have a table for each place (what stands right before, right behind ...); all share one more."""
 CONTEXTS = 2048
 """Neighbours that are told apart: the commonest tokens."""
-CHUNK_ROWS, MOST_CHUNKS = 1 << 16, 8
-"""Rows counted at a time, and how often at most: 67 million tokens in rows of 128, evenly spread over the text."""
+CHUNK_ROWS, MOST_CHUNKS = 1 << 16, 4
+"""Rows counted at a time, and how often at most: 34 million tokens in rows of 128, evenly spread over the text."""
 SMOOTHING = 0.75
 """Power that keeps rare contexts from looking more telling than they are."""
 SCALE = 0.1

@@ -1,10 +1,11 @@
 """Matrix products of integers while training: on a CPU about four times as many a second, for the same result.
 
-A linear layer multiplies three times in a step: input by weights, and, backwards, for the gradients of both. Before
-each product every row of the left factor and every column of the right one is rounded to whole multiples of a 127th of
-its largest number; the integers multiply, their sums are exact in 32 bits, and the sizes of the steps are multiplied
-back in. The first two products are as in SwitchBack (Wortsman et al. 2023); models of this size bear it in the third
-one too (docs/experiments.md). The weights themselves stay in fp32, and evaluations do not round at all.
+A linear layer multiplies three times in a step: input by weights, and, backwards, the gradient by either of them.
+Before that every row of a factor is rounded to whole multiples of a 127th of its largest number; the integers multiply,
+their sums are exact in 32 bits, and the sizes of the steps are multiplied back in. Inputs and weights are rounded once
+and serve twice: backwards, where the sums run over their rows, the gradient takes up the sizes of the rows' steps
+before it is rounded itself. The first two products are as in SwitchBack (Wortsman et al. 2023); models of this size
+bear it in the third one too (docs/experiments.md). The weights themselves stay in fp32, and evaluations do not round.
 """
 
 import math
@@ -50,35 +51,43 @@ class Int8Linear(nn.Linear):
 
 
 class Int8Product(torch.autograd.Function):
-    """x [M, K], weights [N, K] -> x @ weights.T, [M, N]; all three products of it in int8."""
+    """x [M, K], weights [N, K] -> x @ weights.T, [M, N]; all three products of it in int8.
+
+    What is not finite leaves nothing finite in its row of a product.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         """The product in fp32."""
-        ctx.save_for_backward(x, weight)
-        return multiply(x, weight.T)
+        (rows, row_steps), (columns, column_steps) = to_int8(x), to_int8(weight)
+        ctx.save_for_backward(rows, row_steps, columns, column_steps)
+        ctx.dtypes = x.dtype, weight.dtype
+        return torch._int_mm(rows, columns.T) * row_steps * column_steps.T
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        """The gradients of both factors."""
-        x, weight = ctx.saved_tensors
-        return multiply(gradient, weight).to(x.dtype), multiply(gradient.T, x).to(weight.dtype)
+        """The gradients of both factors: gradient @ weights, [M, K], and gradient.T @ x, [N, K]."""
+        rows, row_steps, columns, column_steps = ctx.saved_tensors
+        to_x, x_steps = to_int8(gradient * column_steps.T)
+        to_weight, weight_steps = columns_to_int8(gradient * row_steps)
+        x_gradient = torch._int_mm(to_x, columns) * x_steps
+        weight_gradient = torch._int_mm(to_weight.T, rows) * weight_steps.T
+        return x_gradient.to(ctx.dtypes[0]), weight_gradient.to(ctx.dtypes[1])
 
 
-def multiply(a: Tensor, b: Tensor) -> Tensor:
-    """a [M, K] @ b [K, N] -> fp32 [M, N], its factors rounded to int8; one that is not finite leaves no finite row."""
-    (left, rows), (right, columns) = to_int8(a, dim=1), to_int8(b, dim=0)
-    return torch._int_mm(left, right) * rows * columns
+def to_int8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Integers [M, N] and the step of each row [M, 1]: their product is `x` [M, N] but for rounding."""
+    return whole_steps(x.float(), x.abs().amax(1, keepdim=True))
 
 
-def to_int8(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """Integers and the size of a step, one for all numbers along `dim`: their product is `x` but for rounding."""
-    if x.stride(0) == 1 < x.stride(1):  # a transposed matrix: row by row as it lies in memory
-        integers, size = to_int8(x.T, 1 - dim)
-        return integers.T, size.T
-    x = x.float()
-    sizes = x.abs()
-    if dim == 0:  # by bands of rows that stay in the cache; in one go every row would be fetched for every few columns
-        sizes = sizes.reshape(-1, math.gcd(len(x), BAND), x.shape[1]).amax(1)
-    largest = sizes.amax(dim, keepdim=True).clamp(min=1e-30)  # of zeros alone: no division by zero
-    return (x * (STEPS / largest)).round().to(torch.int8), largest / STEPS
+def columns_to_int8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The same with a step for each column, [1, N]."""
+    # By bands of rows that stay in the cache; in one go every row would be fetched for every few columns.
+    bands = x.abs().reshape(-1, math.gcd(len(x), BAND), x.shape[1]).amax(1)
+    return whole_steps(x.float(), bands.amax(0, keepdim=True))
+
+
+def whole_steps(x: Tensor, largest: Tensor) -> tuple[Tensor, Tensor]:
+    """`x` in steps of a 127th of the `largest` number, and the size of the steps."""
+    largest = largest.float().clamp(min=1e-30)  # of zeros alone: no division by zero
+    return (x * (STEPS / largest)).round().to(torch.int8), largest * (1 / STEPS)

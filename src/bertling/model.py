@@ -213,8 +213,8 @@ class MaskedOutput(NamedTuple):
 
     loss_sum: Tensor
     """Cross-entropy in nats, summed over the labels that are not -100; in fp32 at least."""
-    correct: Tensor
-    """How many of them have the highest score."""
+    correct: Tensor | None
+    """How many of them have the highest score; not counted while training."""
 
 
 class BertForMaskedLM(BertEncoder):
@@ -251,7 +251,8 @@ class BertForMaskedLM(BertEncoder):
         logits, labels = logits.flatten(0, -2), labels.flatten()  # [M, V], [M]
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         loss_sum = F.cross_entropy(logits, labels, ignore_index=-100, reduction="sum")
-        return MaskedOutput(loss_sum, (logits.detach().argmax(dim=-1) == labels).sum())
+        correct = None if self.training else (logits.argmax(dim=-1) == labels).sum()
+        return MaskedOutput(loss_sum, correct)
 
 
 class BertForSequenceClassification(BertEncoder):

@@ -12,9 +12,17 @@ from bertling.settings import Settings
 HIDDEN = ("encoder.", "mlm_head.transform.", "pooler.")
 """Where the hidden matrices are: neither embeddings nor scores, whose rows stand each for itself. Muon takes these."""
 MOMENTUM = 0.95
-NEWTON_SCHULZ = 3.4445, -4.7750, 2.0315
-"""One step of the iteration takes each singular value s to a s + b s^3 + c s^5 (Jordan et al. 2024)."""
-NEWTON_SCHULZ_STEPS = 5
+NEWTON_SCHULZ = (
+    (8.3837, -24.7659, 18.3571),
+    (4.0434, -3.0114, 0.5695),
+    (3.5056, -2.6267, 0.5257),
+    (2.4901, -1.8343, 0.4368),
+)
+"""a, b, c of each step of the iteration, which takes each singular value s to a s + b s^3 + c s^5.
+
+The four together take all between 0.003 and 1 to between 0.79 and 1.21, each as near to 1 as a polynomial of this form
+can take what the one before left (Amsel et al. 2025); with one polynomial for all Jordan et al. 2024 take five steps.
+"""
 
 
 def build_optimizers(
@@ -55,7 +63,8 @@ def build_optimizers(
 class GramMuon(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024) with Nesterov's momentum, for matrices alone, in the format that they are in.
 
-    What torch.optim.Muon does, up to the rounding of its bf16; for runs in another format (docs/experiments.md).
+    What torch.optim.Muon does, with other steps to the same end; for runs in another format than bf16, which is the
+    only one that torch's multiplies in (docs/experiments.md).
     """
 
     def __init__(self, params: Iterable[Tensor], lr: float, momentum: float, weight_decay: float) -> None:
@@ -80,7 +89,7 @@ class GramMuon(torch.optim.Optimizer):
 
 
 def orthogonalize(matrix: Tensor) -> Tensor:
-    """The same singular vectors, but all singular values near 1, save those near 0; [m, n] -> [m, n].
+    """The same singular vectors, but all singular values between 0.79 and 1.21, save those near 0; [m, n] -> [m, n].
 
     Each step of the iteration multiplies X by a polynomial of its Gram matrix X X'. So the polynomials are found first,
     on that small square matrix alone, and X is multiplied once, by their product: for the matrices of a transformer
@@ -88,20 +97,19 @@ def orthogonalize(matrix: Tensor) -> Tensor:
     """
     tall = matrix.shape[0] > matrix.shape[1]
     x = matrix.T if tall else matrix
-    x = x / x.norm().clamp(min=1e-7)
+    x = x / (1.01 * x.norm()).clamp(min=1e-7)  # not quite 1, beyond which the polynomials run away
     gram = x @ x.T
-    factor = product = polynomial(gram)
-    for _ in range(NEWTON_SCHULZ_STEPS - 1):
+    factor = product = polynomial(gram, *NEWTON_SCHULZ[0])
+    for coefficients in NEWTON_SCHULZ[1:]:
         gram = factor @ (gram @ factor)  # the Gram matrix of factor @ X
-        factor = polynomial(gram)
+        factor = polynomial(gram, *coefficients)
         product = factor @ product
     output: Tensor = product @ x
     return output.T if tall else output
 
 
-def polynomial(gram: Tensor) -> Tensor:
+def polynomial(gram: Tensor, a: float, b: float, c: float) -> Tensor:
     """What one step multiplies X by, a + b G + c G^2 of its Gram matrix G; [m, m] -> [m, m]."""
-    a, b, c = NEWTON_SCHULZ
     factor = torch.addmm(gram, gram, gram, beta=b, alpha=c)
     factor.diagonal().add_(a)
     return factor

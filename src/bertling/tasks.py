@@ -186,7 +186,7 @@ def evaluate_masked_lm(
             output = model.forward(
                 on_device.input_ids, on_device.attention_mask, positions=on_device.positions, labels=on_device.labels
             )
-        totals += torch.tensor([float(output.loss_sum), float(output.correct), batch.count], dtype=torch.float64)
+        totals += torch.tensor([output.loss_sum.item(), output.correct.item(), batch.count], dtype=torch.float64)
     model.train()
     loss, correct, count = ranks.sum(totals).tolist()
     return {"eval/loss": loss / max(count, 1), "eval/accuracy": correct / max(count, 1), "eval/scored": count}
