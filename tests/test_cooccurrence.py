@@ -9,8 +9,12 @@ import pytest
 import torch
 
 from bertling import cooccurrence
+from bertling.attention import rotary_angles, rotate
 from bertling.checkpoint import load_checkpoint
 from bertling.cooccurrence import SCALE, factorise, neighbour_tables, to_mutual_information, word_vectors
+from bertling.model import BertForMaskedLM
+from bertling.presets import preset_config
+from bertling.pretrain import look_at_neighbours, look_for_the_like
 from bertling.samples import Samples
 from bertling.train import Outcome
 
@@ -89,11 +93,11 @@ def test_a_long_text_is_counted_in_parts_spread_over_it(monkeypatch: pytest.Monk
     samples, vocab_size = two_kinds()
     counts = counts_of(samples, vocab_size)
     whole = neighbour_tables([samples], counts, SPECIAL)
-    monkeypatch.setattr(cooccurrence, "CHUNK_ROWS", 50)
+    monkeypatch.setattr(cooccurrence, "CHUNK_ROWS", 100)
     parts = neighbour_tables([samples], counts, SPECIAL)
     assert all(torch.allclose(a, b) for a, b in zip(whole, parts, strict=True))
     monkeypatch.setattr(cooccurrence, "MOST_CHUNKS", 2)
-    first_and_last = np.r_[np.arange(50), np.arange(350, 400)]
+    first_and_last = np.r_[np.arange(100), np.arange(300, 400)]
     assert (np.concatenate(list(cooccurrence.chunks([samples]))) == samples.fetch(first_and_last)).all()
 
 
@@ -114,3 +118,33 @@ def test_a_fresh_model_begins_with_them(train_mlm: Callable[..., Outcome]) -> No
     assert sizes["counts"] == pytest.approx(SCALE, rel=0.15)  # those of tokens that do not occur are drawn
     assert sizes["random"] == pytest.approx(0.0176, rel=0.1)
     assert not begun["counts"].embeddings.word_embeddings.weight[0].any(), "[PAD] stays zero"
+
+
+@pytest.mark.parametrize("heads", [2, 5])
+def test_heads_begin_by_looking_at_neighbours_and_for_what_is_like(heads: int) -> None:
+    sizes = {"hidden_size": 64 * heads, "num_attention_heads": heads, "local_attention": 16}
+    config = preset_config("modern", "mini", 300, max_position_embeddings=40, pad_token_id=0, **sizes)
+    model = BertForMaskedLM(config, torch.Generator().manual_seed(0))
+    words = model.embeddings.word_embeddings.weight.detach()
+    before = words.clone()
+    look_at_neighbours(model, torch.Generator().manual_seed(1))
+    assert not words[0].any(), "[PAD] stays zero"
+    alike = torch.nn.functional.normalize(words[1:300], dim=1)
+    assert float((alike @ alike.T).detach().mean()) == pytest.approx(
+        0.2, abs=0.03
+    )  # 1 of 5 parts of the squared length
+    assert float(words.norm() / before.norm()) == pytest.approx(1.25**0.5, rel=0.02)
+    with torch.no_grad():
+        ids = torch.randint(5, 300, (4, 40), generator=torch.Generator().manual_seed(2))
+        qkv = model.encoder.layers[0].attention.qkv_proj(model.embeddings(ids, None))
+        q, k, _ = qkv.view(4, 40, 3, heads, 64).permute(2, 0, 3, 1, 4).unbind(0)
+        angles = rotary_angles(40, 64, config.rope_theta, ids.device)
+        weights = (rotate(q, *angles) @ rotate(k, *angles).transpose(-1, -2) / 8).softmax(dim=-1)
+    look_for_the_like(model)
+    for block, alike in zip(model.encoder.layers, (False, False, False, True), strict=True):
+        queries, keys, _ = block.attention.qkv_proj.weight.detach().chunk(3)
+        assert torch.equal(queries, keys) is alike
+        assert float(queries[-8:].std()) == pytest.approx(0.0352 if alike else 0.0176, rel=0.05)
+    for head, distance in zip(range(heads), (-1, 1, -2, 2, -3), strict=False):
+        inside = torch.arange(3, 37)
+        assert weights[:, head, inside, inside + distance].mean() > 0.6, distance

@@ -1,5 +1,6 @@
 """Pre-training from the settings on: data, vocabulary, model, run folder; then the loop."""
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -9,13 +10,14 @@ import numpy as np
 import torch
 
 from bertling import distributed
+from bertling.attention import inverse_frequencies
 from bertling.batches import check_samples
 from bertling.budget import total_steps
 from bertling.checkpoint import Loaded, load_checkpoint
 from bertling.cooccurrence import SCALE, word_vectors
 from bertling.distributed import Ranks
 from bertling.files import BertlingError
-from bertling.model import BertEncoder, BertForMaskedLM, count_parameters
+from bertling.model import BertEncoder, BertForMaskedLM, Block, count_parameters
 from bertling.presets import ModelConfig, preset_config
 from bertling.runs import Start, open_shared_run
 from bertling.runtime import Runtime, build_runtime
@@ -26,6 +28,8 @@ from bertling.tokenizer import Tokenizer
 from bertling.train import Outcome, Trainer
 
 Say = Callable[[str], None]
+NEIGHBOUR_SCORE = 16.0
+"""By how much a head that looks at a neighbour prefers it at first, before the softmax."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +101,52 @@ def give_word_vectors(model: BertForMaskedLM, data: MaskedLMData, seed: int, ran
         weight = model.embeddings.word_embeddings.weight
         weight *= SCALE / config.initializer_range
         weight[: config.vocab_size] = torch.where(known, vectors, weight[: config.vocab_size])
+    if config.positions == "rotary":
+        look_at_neighbours(model, torch.Generator().manual_seed(seed))
+        look_for_the_like(model)
+
+
+@torch.no_grad()
+def look_at_neighbours(model: BertForMaskedLM, generator: torch.Generator) -> None:
+    """Let block 1's heads begin by looking one place to the left, one to the right, two to the left, and so on.
+
+    All word embeddings get a part in common, a random direction, half as large as their own part. To it alone queries
+    and keys answer, with one and the same vector for each token, the keys' turned back by the angles that belong to the
+    distance: rotated, they fit best just there. It is a beginning, like any other weights: training may undo it.
+    """
+    config, words = model.config, model.embeddings.word_embeddings.weight
+    heads, head_dim = config.num_attention_heads, config.head_dim
+    common = torch.randn(config.hidden_size, generator=generator)
+    common = torch.nn.functional.normalize(common - common.mean(), dim=0)  # a LayerNorm takes away the mean
+    words -= torch.outer(words @ common, common)
+    size = words.norm(dim=1, keepdim=True)
+    words += torch.where(size > 0, 0.5 * size[size > 0].mean(), 0.0) * common
+    pairs, half = max(1, head_dim // 8), head_dim // 2  # the fastest of the pairs of columns that turn together
+    # Behind their LayerNorm the common part of the words is as long as the root of a fifth of all columns.
+    share = math.sqrt(NEIGHBOUR_SCORE * math.sqrt(head_dim) / pairs / (config.hidden_size / 5))
+    frequencies = inverse_frequencies(head_dim, config.rope_theta, common.device)[:pairs]
+    first = model.encoder.layers[0]
+    assert isinstance(first, Block)
+    queries, keys, _ = first.attention.qkv_proj.weight.view(3, heads, head_dim, -1)
+    for head in range(heads):
+        distance = (head // 2 + 1) * (1 if head % 2 else -1)  # -1, 1, -2, 2, ...
+        angles = -distance * frequencies
+        queries[head, :pairs] += share * common
+        keys[head, :pairs] += share * torch.outer(angles.cos(), common)
+        keys[head, half : half + pairs] += share * torch.outer(angles.sin(), common)
+
+
+@torch.no_grad()
+def look_for_the_like(model: BertForMaskedLM) -> None:
+    """Let the heads of the later blocks that see the whole row begin by looking at places whose neighbours are alike.
+
+    Their keys are made as their queries are, and both twice as large as usual.
+    """
+    for number, block in enumerate(model.encoder.layers):
+        assert isinstance(block, Block)
+        if number and not model.config.is_local(number):
+            queries, keys, _ = block.attention.qkv_proj.weight.chunk(3)
+            keys.copy_(queries.mul_(2))
 
 
 def as_trained(start: Start, config: ModelConfig, seq_len: int) -> Settings:

@@ -78,7 +78,7 @@ class Settings:
         0, "with --cp: keep the embeddings and so many of the lowest blocks as they are; 0: train all", minimum=0
     )
     word_vectors: Literal["random", "counts"] = setting(
-        "random", "how fresh word embeddings begin; counts: from which tokens stand side by side", only="pretrain"
+        "random", "how fresh weights begin; counts: words by their neighbours, and heads look there", only="pretrain"
     )
 
     # data
