@@ -129,10 +129,8 @@ def test_heads_begin_by_looking_at_neighbours_and_for_what_is_like(heads: int) -
     before = words.clone()
     look_at_neighbours(model, torch.Generator().manual_seed(1))
     assert not words[0].any(), "[PAD] stays zero"
-    alike = torch.nn.functional.normalize(words[1:300], dim=1)
-    assert float((alike @ alike.T).detach().mean()) == pytest.approx(
-        0.2, abs=0.03
-    )  # 1 of 5 parts of the squared length
+    directions = torch.nn.functional.normalize(words[1:300], dim=1)
+    assert float((directions @ directions.T).mean()) == pytest.approx(0.2, abs=0.03)  # a fifth of the squared length
     assert float(words.norm() / before.norm()) == pytest.approx(1.25**0.5, rel=0.02)
     with torch.no_grad():
         ids = torch.randint(5, 300, (4, 40), generator=torch.Generator().manual_seed(2))

@@ -224,12 +224,15 @@ def assert_compiled_equals_eager(model: BertForMaskedLM, backend: str) -> None:
     eager.loss_sum.backward()
     expected = {path: p.grad.clone() for path, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
-    output = torch.compile(model, fullgraph=True, backend=backend)(*arguments)
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    output = compiled(*arguments)
     output.loss_sum.backward()
     assert torch.allclose(output.loss_sum, eager.loss_sum, rtol=1e-5)
     for path, parameter in model.named_parameters():
         assert parameter.grad is not None
         assert torch.allclose(parameter.grad, expected[path], rtol=1e-3, atol=1e-4), path
+    model.eval()
+    assert compiled(*arguments).correct == model(*arguments).correct
 
 
 @every_preset

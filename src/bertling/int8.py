@@ -1,11 +1,12 @@
 """Matrix products of integers while training: on a CPU about four times as many a second, for the same result.
 
 A linear layer multiplies three times in a step: input by weights, and, backwards, the gradient by either of them.
-Before that every row of a factor is rounded to whole multiples of a 127th of its largest number; the integers multiply,
-their sums are exact in 32 bits, and the sizes of the steps are multiplied back in. Inputs and weights are rounded once
-and serve twice: backwards, where the sums run over their rows, the gradient takes up the sizes of the rows' steps
-before it is rounded itself. The first two products are as in SwitchBack (Wortsman et al. 2023); models of this size
-bear it in the third one too (docs/experiments.md). The weights themselves stay in fp32, and evaluations do not round.
+Before that every row of a factor (of the gradient once every column) is rounded to whole multiples of a 127th of its
+largest number; the integers multiply, their sums are exact in 32 bits, and the sizes of the steps are multiplied back
+in. Inputs and weights are rounded once and serve twice: backwards, where the sums run over their rows, the gradient
+takes up the sizes of the rows' steps before it is rounded itself. The first two products are as in SwitchBack
+(Wortsman et al. 2023); models of this size bear it in the third one too (docs/experiments.md). The weights themselves
+stay in fp32, and evaluations do not round.
 """
 
 import math
@@ -39,8 +40,8 @@ class Int8Linear(nn.Linear):
         """[..., K] -> [..., N], in the format of autocast or of `x`."""
         rows = x.reshape(-1, x.shape[-1])
         longest = max(len(rows), *self.weight.shape)  # of the sums in the three products
-        # A single row torch may take wrongly, in silence: its issue 195066.
-        if not self.training or len(rows) < 2 or longest >= LONGEST_SUM:
+        # A single row (backwards, a single output) torch may take wrongly, in silence: its issue 195066.
+        if not self.training or min(len(rows), self.out_features) < 2 or longest >= LONGEST_SUM:
             return F.linear(x, self.weight, self.bias)
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
