@@ -8,9 +8,11 @@ import torch
 import torch.nn.functional as F
 
 from bertling.attention import (
+    Dropout,
     SelfAttention,
     Sight,
     attention,
+    drop_out,
     padding_mask,
     reference_attention,
     rotary_angles,
@@ -116,3 +118,28 @@ def test_dropout_of_the_plain_attention_keeps_the_mean() -> None:
     runs = torch.stack([reference_attention(q, k, v, None, 0.3) for _ in range(2000)])
     assert torch.allclose(runs.mean(dim=0), reference_attention(q, k, v, None), atol=0.1)
     assert not torch.equal(runs[0], runs[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("p", [0.1, 0.35, 0.99])
+def test_dropout_drops_the_share_it_is_told_and_keeps_the_mean(p: float, dtype: torch.dtype) -> None:
+    x = torch.ones(1001, 301, dtype=dtype, requires_grad=True)  # no multiple of the four numbers of a draw
+    torch.manual_seed(0)
+    y = drop_out(x, p)
+    dropped = y == 0
+    assert dropped.float().mean().item() == pytest.approx(p, abs=4 * math.sqrt(p * (1 - p) / x.numel()) + 2**-16)
+    assert (y[~dropped] == 1 / torch.tensor(1 - p, dtype=dtype)).all()
+    for shift in range(1, 5):  # neighbours in a draw fall independently
+        both = (dropped.flatten()[shift:] & dropped.flatten()[:-shift]).float().mean().item()
+        assert both == pytest.approx(p * p, abs=4 * math.sqrt(p * p * (1 - p * p) / x.numel()) + 1e-4)
+    (gradient,) = torch.autograd.grad(y.sum(), x)
+    assert torch.equal(gradient, y.detach())
+    torch.manual_seed(0)
+    assert torch.equal(drop_out(x, p), y)
+
+
+def test_dropout_acts_in_training_alone() -> None:
+    x, module = torch.ones(100), Dropout(0.5)
+    assert (module(x) == 0).any()
+    assert module.eval()(x) is x
+    assert Dropout(0.0)(x) is x

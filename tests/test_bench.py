@@ -40,11 +40,12 @@ def test_ratios_are_taken_round_by_round() -> None:
     report = Report(
         Workload("bert", 1, 8, 1, 64, 4, 8),
         1e9,
-        1e10,
+        [1e10, 1e10, 4e9],
         [measured("ours", [1.0, 2.0, 4.0]), measured("stock", [2.0, 6.0, 8.0])],
     )
     assert report.ratios() == {"stock": (2.0, 2.0, 3.0)}
-    assert report.mfu == pytest.approx(1e9 / 2.0 / 1e10)
+    assert report.mfu == pytest.approx(1e9 / 4.0 / 4e9)  # of 10, 5 and 6.25 %
+    assert report.to_dict()["peak_flops"] == 1e10
 
 
 def test_bench_against_the_stock_class(capfd: Any) -> None:

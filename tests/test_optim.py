@@ -14,6 +14,7 @@ from bertling.optim import (
     GramMuon,
     build_optimizers,
     build_schedule,
+    clip_gradients,
     orthogonalize,
     pack_state,
     set_learning_rate,
@@ -212,3 +213,28 @@ def test_a_state_that_was_packed_goes_on_bit_equal(
     train(resumed, again, range(3, 6))
     for (name, expected), found in zip(whole.named_parameters(), resumed.parameters(), strict=True):
         assert torch.equal(expected, found), name
+
+
+@pytest.mark.parametrize("largest", [0.5, 1e3])
+def test_gradients_are_clipped_as_torch_does_it(largest: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    gradients = [torch.randn(shape, generator=generator) for shape in ((40, 30), (7,), (1, 1))]
+    ours, theirs = ([torch.nn.Parameter(torch.zeros_like(one)) for one in gradients] for _ in range(2))
+    for parameters in ours, theirs:
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient.clone()
+    frozen = torch.nn.Parameter(torch.ones(3))
+    norm = clip_gradients([*ours, frozen], largest)
+    torch.testing.assert_close(norm, torch.nn.utils.clip_grad_norm_(theirs, largest))
+    for mine, other, before in zip(ours, theirs, gradients, strict=True):
+        assert mine.grad is not None
+        torch.testing.assert_close(mine.grad, other.grad)
+        assert torch.equal(mine.grad, before) == (largest > norm)
+    assert clip_gradients([frozen], largest) == 0
+
+
+def test_a_gradient_that_is_not_finite_is_told_by_its_norm() -> None:
+    parameter = torch.nn.Parameter(torch.zeros(4))
+    for wrong in float("nan"), float("inf"):
+        parameter.grad = torch.tensor([1.0, wrong, 0.0, 0.0])
+        assert not clip_gradients([parameter], 1.0).isfinite()

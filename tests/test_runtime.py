@@ -35,18 +35,21 @@ def test_auto_takes_bf16_only_where_the_hardware_multiplies_it_faster(
     ("has", "expected"),
     [
         ({"avx512_vnni": True}, "cpu, 1 threads, int8 and fp32, eager"),
-        ({"avx_vnni": True, "amx_bf16": True}, "cpu, 1 threads, int8 and bf16, eager"),
+        ({"avx_vnni": True, "avx512_bf16": True, "cpu_name": "AMD Zen 5"}, "cpu, 1 threads, int8 and bf16, eager"),
+        ({"avx512_vnni": True, "amx_bf16": True}, "cpu, 1 threads, bf16, eager"),
         ({"avx512_f": True}, "cpu, 1 threads, fp32, eager"),
     ],
 )
-def test_int8_is_taken_only_where_the_cpu_has_instructions_for_it(
+def test_int8_is_taken_only_where_it_is_the_fastest_format(
     monkeypatch: pytest.MonkeyPatch, has: dict[str, bool], expected: str
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has)
     chosen = build_runtime(Settings(device="cpu", dtype="int8", threads=1))
     assert chosen.describe() == expected
     assert chosen.int8 == ("int8" in expected)
-    assert [note[:38] for note in chosen.notes] == ([] if chosen.int8 else ["dtype = int8 needs a CPU with instruct"])
+    assert [note[:42] for note in chosen.notes] == (
+        [] if chosen.int8 else ["dtype = int8 is for CPUs with instructions"]
+    )
 
 
 def test_a_number_format_that_is_named_is_taken() -> None:

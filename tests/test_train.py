@@ -22,7 +22,7 @@ from bertling.model import BertForMaskedLM
 from bertling.prepare import prepare
 from bertling.presets import preset_config
 from bertling.runlog import read_metrics
-from bertling.runtime import Runtime, multiplies_int8
+from bertling.runtime import Runtime, int8_pays
 from bertling.samples import match_samples, open_samples
 from bertling.settings import Settings
 from bertling.tasks import MaskedLMTask
@@ -118,7 +118,7 @@ def test_products_in_int8_learn_as_fast(train_mlm: Train) -> None:
     losses = {entry["step"]: entry["train/loss"] for entry in read_metrics(outcome.run) if "train/loss" in entry}
     found = [losses[step] for step in (1, 10, 20, 30, 40, 50)]
     assert found == pytest.approx(GOLDEN["muon"], rel=1e-2)
-    if multiplies_int8():
+    if int8_pays():
         assert found != pytest.approx(GOLDEN["muon"], rel=1e-6)
 
 

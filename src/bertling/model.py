@@ -10,7 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bertling.attention import SelfAttention, Sight, padding_mask, rotary_angles, sinusoidal_positions, window_mask
+from bertling.attention import (
+    Dropout,
+    SelfAttention,
+    Sight,
+    padding_mask,
+    rotary_angles,
+    sinusoidal_positions,
+    window_mask,
+)
 from bertling.files import BertlingError
 from bertling.presets import ModelConfig as ModelConfig
 from bertling.presets import Pooler
@@ -34,7 +42,7 @@ class Embeddings(nn.Module):
         if config.type_vocab_size:
             self.token_type_embeddings = nn.Embedding(config.type_vocab_size, hidden_size)
         self.norm = layer_norm(config) if config.embedding_norm else nn.Identity()
-        self.dropout = nn.Dropout(config.embedding_dropout_prob)
+        self.dropout = Dropout(config.embedding_dropout_prob)
 
     def forward(self, input_ids: Tensor, token_type_ids: Tensor | None) -> Tensor:
         """[B, T] -> [B, T, D]; segments default to 0."""
@@ -67,7 +75,7 @@ class MLP(nn.Module):
         width = config.intermediate_size
         self.up_proj = nn.Linear(config.hidden_size, 2 * width if config.glu else width, bias=config.bias)
         self.down_proj = nn.Linear(width, config.hidden_size, bias=config.bias)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.dropout = Dropout(config.hidden_dropout_prob)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.glu:
@@ -91,7 +99,7 @@ class Block(nn.Module):
             bias=config.bias,
             dropout=config.attention_probs_dropout_prob,
         )
-        self.dropout = nn.Dropout(config.attention_output_dropout_prob)
+        self.dropout = Dropout(config.attention_output_dropout_prob)
         self.mlp_norm = layer_norm(config)
         self.mlp = MLP(config)
 
@@ -261,7 +269,7 @@ class BertForSequenceClassification(BertEncoder):
     def __init__(self, config: ModelConfig, generator: torch.Generator | None = None) -> None:
         super().__init__(config)
         self.pooler = HeadTransform(config, activation=config.pooler, norm=config.pooler == "gelu")
-        self.dropout = nn.Dropout(config.classifier_dropout)
+        self.dropout = Dropout(config.classifier_dropout)
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
         initialize(self, config, generator)
 

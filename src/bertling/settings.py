@@ -165,7 +165,7 @@ class Settings:
     dtype: Literal["auto", "fp32", "bf16", "fp16", "int8"] = setting(
         "auto",
         "number format of the matrix products; auto: bf16 where it is the faster one (GPUs; CPUs with AMX, AMD's "
-        "with AVX512-BF16); int8: in training, of the hidden ones, on CPUs with VNNI",
+        "with AVX512-BF16); int8: in training, of the hidden ones, on CPUs with VNNI but no AMX",
     )
     compile: Literal["auto", "true", "false"] = setting("auto", "torch.compile; auto: for runs long enough to pay")
     fused_adamw: bool = setting(True, "AdamW in one fused kernel")

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bertling import optim
 from bertling.budget import Moment, due, moment, needs_clock, total_steps
 from bertling.checkpoint import TrainingState, load_checkpoint, load_state, newest_intact, save_checkpoint
 from bertling.distributed import Ranks
@@ -16,7 +17,6 @@ from bertling.files import BertlingError, is_disk_full, skipped_on_full_disk, wr
 from bertling.illustrate import to_svg
 from bertling.int8 import use_int8
 from bertling.model import BertEncoder
-from bertling.optim import HIDDEN, build_optimizers, build_schedule, pack_state, set_learning_rate, unpack_state
 from bertling.runlog import RunLog
 from bertling.runtime import Runtime, keep_freed_memory, step_seed
 from bertling.settings import Settings
@@ -68,9 +68,9 @@ class Trainer:
         if runtime.device.type == "cpu":
             keep_freed_memory()
         model.to(runtime.device)  # before the optimizers, whose state lies where the weights lie
-        use_int8(model, HIDDEN if runtime.int8 else ())
-        self.optimizers = build_optimizers(model, settings, runtime.device, runtime.dtype)
-        self.schedule = build_schedule(settings, self.total_steps)
+        use_int8(model, optim.HIDDEN if runtime.int8 else ())
+        self.optimizers = optim.build_optimizers(model, settings, runtime.device, runtime.dtype)
+        self.schedule = optim.build_schedule(settings, self.total_steps)
         self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype == torch.float16)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         share = -(-settings.batch_size // ranks.world_size)
@@ -133,12 +133,12 @@ class Trainer:
         # The rate of a step is that of its end, so that the first one is not spent at rate zero.
         ahead = 0.0 if self.total_steps is None else 1 / self.total_steps
         factor = self.rate * self.schedule.factor(min(progress + ahead, 1.0))
-        self.learning_rate = set_learning_rate(self.optimizers, factor)
+        self.learning_rate = optim.set_learning_rate(self.optimizers, factor)
         loss = self.backward()
         self.ranks.sum_gradients(self.model)
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.grad_clip)
+        norm = optim.clip_gradients(self.parameters, self.settings.grad_clip)
         # The scaler judges each optimizer by its own gradients; one overflow has to skip the step of all of them.
         finite = not self.ranks.any(not torch.isfinite(loss + norm))
         for optimizer in self.optimizers:
@@ -334,7 +334,7 @@ class Trainer:
             "settings": self.settings.to_ini(),
             "data": self.task.data,
         }
-        return TrainingState(numbers, pack_state(self.optimizers))
+        return TrainingState(numbers, optim.pack_state(self.optimizers))
 
     def restore(self, state: TrainingState) -> None:
         """Go on from a saved state."""
@@ -352,7 +352,7 @@ class Trainer:
             self.recent_losses = list((losses if self.ranks.first else torch.zeros_like(losses)).unbind())
             if self.scaler.is_enabled() and numbers["scaler"]:
                 self.scaler.load_state_dict(numbers["scaler"])
-            unpack_state(self.optimizers, state.tensors)
+            optim.unpack_state(self.optimizers, state.tensors)
         except (KeyError, TypeError, ValueError, IndexError) as error:
             raise BertlingError(
                 f"{self.run}: its training state does not fit these settings ({error!r}); start a new run from its "
@@ -388,13 +388,5 @@ class Trainer:
             write_json(self.run / "run.json", {"task": self.settings.task_type, "finished": done})
             if not done:
                 log.line(f"stopped at step {self.step:,}, and saved; go on with --cp {self.run}")
-        return Outcome(
-            self.run,
-            self.step,
-            self.clock(),
-            self.metrics,
-            self.best_accuracy,
-            self.best_step,
-            done,
-            self.skipped_steps,
-        )
+        best = self.best_accuracy, self.best_step
+        return Outcome(self.run, self.step, self.clock(), self.metrics, *best, done, self.skipped_steps)

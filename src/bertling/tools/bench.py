@@ -138,13 +138,20 @@ class Report:
 
     workload: Workload
     flops_per_step: float
-    peak_flops: float
+    peaks: list[float]
+    """FLOP/s of the machine's matrix products, measured right before our turn in each round."""
     contestants: list[Measured]
 
     @property
+    def peak_flops(self) -> float:
+        """The median of them."""
+        return statistics.median(self.peaks)
+
+    @property
     def mfu(self) -> float:
-        """Share of the measured peak that our step's matrix products use."""
-        return self.flops_per_step / statistics.median(self.contestants[0].seconds) / self.peak_flops
+        """Share of the peak that our step's matrix products use: the median over the rounds, each by its own peak."""
+        rounds = zip(self.contestants[0].seconds, self.peaks, strict=True)
+        return statistics.median(self.flops_per_step / seconds / peak for seconds, peak in rounds)
 
     def ratios(self) -> dict[str, tuple[float, float, float]]:
         """How many times as fast we are: median, lowest and highest over the rounds, each round for itself."""
@@ -152,7 +159,7 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """For --json."""
-        return {**asdict(self), "mfu": self.mfu, "ratios": self.ratios()}
+        return {**asdict(self), "peak_flops": self.peak_flops, "mfu": self.mfu, "ratios": self.ratios()}
 
     def text(self) -> str:
         """A few lines."""
@@ -187,9 +194,10 @@ def bench(workload: Workload, *, against: bool, rounds: int, settings: dict[str,
             processes.append(process)
             told[kind].append(heard(pipes[kind], kind))  # one after the other: compiling would disturb the next
         runtime = build_runtime(Settings(**settings))
-        peak = matmul_peak(runtime.device, torch.int8 if runtime.int8 else runtime.dtype)
+        peaks = []
         for number in range(rounds):
             say(f"{workload}: round {number + 1} of {rounds}")
+            peaks.append(matmul_peak(runtime.device, torch.int8 if runtime.int8 else runtime.dtype))
             for kind in kinds:
                 pipes[kind].send(True)
                 told[kind].append(heard(pipes[kind], kind))
@@ -202,7 +210,7 @@ def bench(workload: Workload, *, against: bool, rounds: int, settings: dict[str,
             process.kill()
     masked = workload.batch_size * round(workload.mlm_probability * (workload.seq_len - 2))
     count = flops(workload.config(), workload.batch_size, workload.seq_len, masked)
-    return Report(workload, count, peak, [summed_up(workload, kind, told[kind]) for kind in kinds])
+    return Report(workload, count, peaks, [summed_up(workload, kind, told[kind]) for kind in kinds])
 
 
 def heard(pipe: Any, kind: str) -> dict[str, Any]:
