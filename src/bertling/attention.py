@@ -106,7 +106,7 @@ def reference_attention(
 def drop_out(x: Tensor, p: float) -> Tensor:
     """Let each number be 0 with probability `p`, the others larger by 1 / (1 - p) (Srivastava et al. 2014, section 10).
 
-    F.dropout, but from 16 random bits a number: on a CPU the drawing takes the time, and torch draws 64 for each.
+    F.dropout, but four numbers share a draw of 64 bits: on a CPU the drawing takes the time (docs/experiments.md).
     """
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         return F.dropout(x, p)

@@ -1,4 +1,4 @@
-"""Matrix products of integers while training: on a CPU about four times as many a second, for the same result.
+"""Products of integers while training: on a CPU without AMX about four times as many a second, for the same result.
 
 A linear layer multiplies three times in a step: input by weights, and, backwards, the gradient by either of them.
 Before that every row of a factor (of the gradient once every column) is rounded to whole multiples of a 127th of its
