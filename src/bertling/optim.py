@@ -167,8 +167,8 @@ def set_learning_rate(optimizers: list[torch.optim.Optimizer], factor: float) ->
 def clip_gradients(parameters: list[nn.Parameter], largest: float) -> Tensor:
     """Scale the gradients so that their common norm is at most `largest`; returns the norm that they had.
 
-    What torch.nn.utils.clip_grad_norm_ does. On a CPU that goes over all of them several times, slowly; here once, by
-    dot products, and once more only where there is something to scale (docs/experiments.md).
+    What torch.nn.utils.clip_grad_norm_ does. That goes over all of them twice, on a CPU slowly; here once, by dot
+    products, and again only where there is something to scale (docs/experiments.md).
     """
     gradients = [p.grad.flatten() for p in parameters if p.grad is not None]
     if not gradients or gradients[0].device.type != "cpu":

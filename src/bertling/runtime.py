@@ -143,7 +143,7 @@ def has_amx() -> bool:
 
 
 def int8_pays() -> bool:
-    """Whether int8 is the fastest format of this CPU: with AMX, bf16 is (torch's int8 makes no use of AMX's tiles)."""
+    """Whether int8 is the fastest format of this CPU: with AMX bf16 is, on the whole (docs/experiments.md)."""
     return multiplies_int8() and not has_amx()
 
 
