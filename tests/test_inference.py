@@ -3,6 +3,8 @@
 import gzip
 import io
 import json
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TypeVar
 
@@ -12,13 +14,26 @@ import pytest
 import torch
 from commands import bertling
 
+from bertling import inference
 from bertling.checkpoint import write_model
 from bertling.files import BertlingError
-from bertling.inference import MAX_LINE_BYTES, Bertling, Classifier, Embedder, FillMask, Pooling, iter_texts, load
+from bertling.inference import (
+    MAX_LINE_BYTES,
+    Bertling,
+    Classified,
+    Classifier,
+    Embedder,
+    Filled,
+    FillMask,
+    Pooling,
+    iter_texts,
+    load,
+)
 from bertling.model import BertForMaskedLM, BertForSequenceClassification, ModelConfig
 from bertling.presets import preset_config
 from bertling.runtime import Runtime
 from bertling.tokenizer import Tokenizer
+from bertling.vectors import Vectors
 
 WORDS = [f"word{i}" for i in range(40)]
 TOKENIZER = Tokenizer(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS])
@@ -251,14 +266,57 @@ def test_load_reads_what_a_checkpoint_holds(tmp_path: Path) -> None:
         load(tmp_path / "none")
 
 
-def test_matrices_kept_in_bf16_answer_as_if_converted_each_time(tmp_path: Path) -> None:
+def test_in_bf16_all_weights_are_and_the_answers_near(tmp_path: Path) -> None:
     model = make_model(BertForSequenceClassification)
     write_model(tmp_path, model, TOKENIZER)
     texts = make_texts(9)
     loaded = load(tmp_path, BF16)
-    assert loaded.model.encoder.layers[0].mlp.up_proj.weight.dtype == torch.bfloat16
-    assert loaded.model.embeddings.word_embeddings.weight.dtype == torch.float32
-    assert loaded.classify(texts) == Classifier(model, TOKENIZER, BF16).classify(texts)
+    assert {p.dtype for p in loaded.model.parameters()} == {torch.bfloat16}
+    expected = Classifier(model, TOKENIZER).classify(texts)
+    assert [a["score"] for a in loaded.classify(texts)] == pytest.approx([a["score"] for a in expected], abs=0.01)
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_many_batches_are_shared_out_among_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    classifier, filler = (
+        Classifier(make_model(BertForSequenceClassification), TOKENIZER),
+        FillMask(make_model(BertForMaskedLM), TOKENIZER),
+    )
+    embedder, texts = Embedder(make_model(BertForMaskedLM), TOKENIZER), make_texts(40)
+    masked = [f"{text} [MASK]" for text in make_texts(40)]
+
+    def answers() -> tuple[list[Classified], list[Filled], Vectors]:
+        return classifier.classify(texts), filler.fill(masked), embedder.embed(texts)
+
+    one_by_one = answers()
+    seen = set()
+    monkeypatch.setattr(inference, "BATCH_TOKENS", 64)
+    classifier.model.register_forward_hook(lambda *_: seen.add((threading.get_ident(), torch.get_num_threads())))
+    classes, filled, vectors = answers()
+    assert {threads for _, threads in seen} == {1}
+    assert threading.get_ident() not in {thread for thread, _ in seen}
+    assert torch.get_num_threads() == 2
+    assert [a["label"] for a in classes] == [a["label"] for a in one_by_one[0]]
+    assert [a["masks"][0][0][0] for a in filled] == [a["masks"][0][0][0] for a in one_by_one[1]]
+    assert vectors == pytest.approx(one_by_one[2], abs=1e-5)
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_what_fails_in_a_thread_is_said_and_leaves_the_threads_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    classifier = Classifier(make_model(BertForSequenceClassification), TOKENIZER)
+    monkeypatch.setattr(inference, "BATCH_TOKENS", 64)
+    classifier.model.register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        classifier.classify(make_texts(40))
+    assert torch.get_num_threads() == 2
 
 
 def by_hand(model: BertForMaskedLM, ids: list[int], pooling: str) -> torch.Tensor:

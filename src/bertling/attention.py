@@ -83,8 +83,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor | None, dr
 
     `attention_mask` is what `padding_mask` gives, or None where nothing is padded (which lets faster kernels in).
     """
-    if q.device.type == "cpu" and q.shape[-2] <= SHORT:
-        # torch's fused CPU kernel saves memory, not time: on short rows plain products are faster (experiments.md).
+    if q.device.type == "cpu" and q.shape[-2] <= SHORT and torch.is_grad_enabled():
+        # torch's fused CPU kernel is slow backwards: on short rows plain products are faster (docs/experiments.md).
         return reference_attention(q, k, v, attention_mask, dropout_p)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=attention_mask, dropout_p=dropout_p)
 

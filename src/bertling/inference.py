@@ -4,9 +4,10 @@ Shapes: B texts, T tokens, D hidden, M masked places, V vocabulary, L classes.
 """
 
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, Literal, TypedDict
+from typing import IO, Literal, NamedTuple, TypedDict, TypeVar
 
 import numpy as np
 import torch
@@ -31,6 +32,8 @@ BATCH_TOKENS = 2048
 """Tokens in a forward pass, padding counted: many short texts at once, or few long ones."""
 BOX = Path(__file__).with_name("box")
 """The model that comes with the package; box/README.md is its card."""
+BATCHES_A_THREAD = 4
+"""From so many on each thread takes batches of its own."""
 CHUNK_LINES = 1024
 MAX_LINE_BYTES = 1 << 20
 
@@ -57,6 +60,20 @@ class Classified(TypedDict):
     """Whether the text was longer than the model reads, so that only its beginning was looked at."""
 
 
+class _Batch(NamedTuple):
+    """Rows of similar length, on the device."""
+
+    places: list[int]
+    """Where each row stands among all of them."""
+    input_ids: Tensor
+    """[B, T]."""
+    attention_mask: Tensor | None
+    """[B, T]; None where nothing is padded."""
+
+
+Answer = TypeVar("Answer")
+
+
 class _Reader:
     """A model with what it takes to hand it texts."""
 
@@ -72,8 +89,8 @@ class _Reader:
             check_text(f"text {shorten(text)}", text)
         return self.tokenizer.encode_batch(texts)
 
-    def batches(self, rows: list[list[int]]) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor | None]]:
-        """The places of similarly long rows, their input_ids [B, T] and attention_mask [B, T], on the device."""
+    def batches(self, rows: list[list[int]]) -> Iterator[_Batch]:
+        """All rows, the longest first."""
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
         while order:
             longest = len(rows[order[-1]]) + 2
@@ -82,7 +99,28 @@ class _Reader:
             wrapped = [[self.tokenizer.cls_id, *rows[i], self.tokenizer.sep_id] for i in places]
             input_ids, mask = pad_rows(wrapped, self.tokenizer.pad_id)
             device = self.runtime.device
-            yield places, input_ids.to(device), None if mask is None else mask.to(device)
+            yield _Batch(places, input_ids.to(device), None if mask is None else mask.to(device))
+
+    def each(self, rows: list[list[int]], compute: Callable[[_Batch], Answer]) -> Iterator[tuple[list[int], Answer]]:
+        """What `compute` makes of each batch, with the places of its rows.
+
+        Where a CPU has many batches before it, its threads do not share each of them, but take one each: none has to
+        wait for the others after every product (docs/experiments.md).
+        """
+
+        def run(batch: _Batch) -> tuple[list[int], Answer]:
+            with torch.inference_mode(), self.runtime.autocast():
+                return batch.places, compute(batch)
+
+        batches, threads = list(self.batches(rows)), torch.get_num_threads()
+        if self.runtime.device.type != "cpu" or threads == 1 or len(batches) < BATCHES_A_THREAD * threads:
+            yield from map(run, batches)
+            return
+        try:
+            with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+                yield from pool.map(run, batches)
+        finally:
+            torch.set_num_threads(threads)
 
 
 class FillMask(_Reader):
@@ -103,16 +141,19 @@ class FillMask(_Reader):
             Filled(text=text, masks=[], truncated=len(row) < len(ids))
             for text, row, ids in zip(texts, rows, encoded, strict=True)
         ]
-        for places, input_ids, attention_mask in self.batches(rows):
-            positions = (input_ids.view(-1) == self.tokenizer.mask_id).nonzero().squeeze(1)  # [M]
-            with torch.inference_mode(), self.runtime.autocast():
-                logits = self.model(input_ids, attention_mask, positions=positions)  # [M, V]
+
+        def likeliest(batch: _Batch) -> tuple[list[int], list[list[int]], list[list[float]]]:
+            """For each mask the row that it stands in, the best entries, and their probabilities."""
+            positions = (batch.input_ids.view(-1) == self.tokenizer.mask_id).nonzero().squeeze(1)  # [M]
+            logits = self.model(batch.input_ids, batch.attention_mask, positions=positions)  # [M, V]
             # Foreign models may have more rows than their vocabulary has entries: those mean nothing.
             logits = logits[:, : self.tokenizer.vocab_size].float()
             probabilities, entries = logits.softmax(-1).topk(top_k)  # [M, top_k] each
-            owners = [places[row] for row in (positions // input_ids.shape[1]).tolist()]
-            for owner, ids, values in zip(owners, entries.tolist(), probabilities.tolist(), strict=True):
-                answers[owner]["masks"].append(list(zip(self.tokenizer.tokens(ids), values, strict=True)))
+            return (positions // batch.input_ids.shape[1]).tolist(), entries.tolist(), probabilities.tolist()
+
+        for places, found in self.each(rows, likeliest):
+            for row, ids, values in zip(*found, strict=True):
+                answers[places[row]]["masks"].append(list(zip(self.tokenizer.tokens(ids), values, strict=True)))
         return answers
 
     def _window(self, text: str, ids: list[int]) -> list[int]:
@@ -147,10 +188,13 @@ class Classifier(_Reader):
         texts = [texts] if isinstance(texts, str) else list(texts)
         encoded = self.encode(texts)
         answers: dict[int, Classified] = {}
-        for places, input_ids, attention_mask in self.batches([ids[: self.limit] for ids in encoded]):
-            with torch.inference_mode(), self.runtime.autocast():
-                logits = self.model(input_ids, attention_mask)  # [B, L]
-            for place, values in zip(places, logits.float().softmax(-1).tolist(), strict=True):
+
+        def likelihoods(batch: _Batch) -> list[list[float]]:
+            logits: Tensor = self.model(batch.input_ids, batch.attention_mask)  # [B, L]
+            return logits.float().softmax(-1).tolist()
+
+        for places, found in self.each([ids[: self.limit] for ids in encoded], likelihoods):
+            for place, values in zip(places, found, strict=True):
                 best = max(range(len(values)), key=values.__getitem__)
                 answers[place] = Classified(
                     text=texts[place],
@@ -184,10 +228,13 @@ class Embedder(_Reader):
         vectors = np.zeros((len(texts), self.encoder.config.hidden_size), dtype=np.float32)
         encoded = self.encode(texts)
         self.truncated += sum(len(ids) > self.limit for ids in encoded)
-        for places, input_ids, attention_mask in self.batches([ids[: self.limit] for ids in encoded]):
-            with torch.inference_mode(), self.runtime.autocast():
-                hidden = self.encoder.encode(input_ids, attention_mask).float()  # [B, T, D]
-            vectors[places] = pool(hidden, attention_mask, pooling, normalize=normalize).cpu().numpy()
+
+        def pooled(batch: _Batch) -> Vectors:
+            hidden = self.encoder.encode(batch.input_ids, batch.attention_mask).float()  # [B, T, D]
+            return pool(hidden, batch.attention_mask, pooling, normalize=normalize).cpu().numpy()
+
+        for places, found in self.each([ids[: self.limit] for ids in encoded], pooled):
+            vectors[places] = found
         return vectors
 
 
@@ -248,11 +295,7 @@ def load(
         loaded = load_checkpoint(BOX, head="classification", variant="sst2")
     assert isinstance(loaded.model, BertEncoder)
     runtime = runtime or Runtime(choose_device("auto"), torch.float32, compile=False)
-    if runtime.dtype != torch.float32:
-        # Kept as they are multiplied, the blocks' matrices need not be converted for every batch.
-        for module in loaded.model.encoder.modules():
-            if isinstance(module, nn.Linear):
-                module.to(runtime.dtype)
+    loaded.model.to(runtime.dtype)  # weights as they are multiplied need not be converted for every batch
     return Bertling(loaded.model, loaded.tokenizer, runtime)
 
 
