@@ -266,8 +266,9 @@ def test_load_reads_what_a_checkpoint_holds(tmp_path: Path) -> None:
         load(tmp_path / "none")
 
 
-def test_in_bf16_all_weights_are_and_the_answers_near(tmp_path: Path) -> None:
-    model = make_model(BertForSequenceClassification)
+@pytest.mark.parametrize("preset", ["bert", "modern", "seed", "distilbert"])
+def test_in_bf16_all_weights_are_and_the_answers_near(preset: str, tmp_path: Path) -> None:
+    model = make_model(BertForSequenceClassification, preset)
     write_model(tmp_path, model, TOKENIZER)
     texts = make_texts(9)
     loaded = load(tmp_path, BF16)
@@ -286,11 +287,10 @@ def two_threads() -> Iterator[None]:
 
 @pytest.mark.usefixtures("two_threads")
 def test_many_batches_are_shared_out_among_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    classifier, filler = (
-        Classifier(make_model(BertForSequenceClassification), TOKENIZER),
-        FillMask(make_model(BertForMaskedLM), TOKENIZER),
-    )
-    embedder, texts = Embedder(make_model(BertForMaskedLM), TOKENIZER), make_texts(40)
+    classifier = Classifier(make_model(BertForSequenceClassification), TOKENIZER)
+    filler = FillMask(make_model(BertForMaskedLM), TOKENIZER)
+    embedder = Embedder(make_model(BertForMaskedLM), TOKENIZER)
+    texts = make_texts(40)
     masked = [f"{text} [MASK]" for text in make_texts(40)]
 
     def answers() -> tuple[list[Classified], list[Filled], Vectors]:

@@ -33,7 +33,7 @@ BATCH_TOKENS = 2048
 BOX = Path(__file__).with_name("box")
 """The model that comes with the package; box/README.md is its card."""
 BATCHES_A_THREAD = 4
-"""From so many on each thread takes batches of its own."""
+"""From so many on each thread takes batches of its own; with fewer, some would have none left at the end."""
 CHUNK_LINES = 1024
 MAX_LINE_BYTES = 1 << 20
 
@@ -90,7 +90,7 @@ class _Reader:
         return self.tokenizer.encode_batch(texts)
 
     def batches(self, rows: list[list[int]]) -> Iterator[_Batch]:
-        """All rows, the longest first."""
+        """All rows in batches, the longest first."""
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
         while order:
             longest = len(rows[order[-1]]) + 2
@@ -283,6 +283,8 @@ def load(
 ) -> Bertling:
     """The model in a run, checkpoint or Hugging Face folder, ready to use; by default in fp32 on the best device.
 
+    Its weights are in the runtime's number format, and so is all that it computes but norms' and softmaxes' insides.
+
     Without a folder: the model in the box, with its head for masked words or for sentiment, as `task` says.
     """
     from bertling.checkpoint import load_checkpoint
@@ -295,7 +297,7 @@ def load(
         loaded = load_checkpoint(BOX, head="classification", variant="sst2")
     assert isinstance(loaded.model, BertEncoder)
     runtime = runtime or Runtime(choose_device("auto"), torch.float32, compile=False)
-    loaded.model.to(runtime.dtype)  # weights as they are multiplied need not be converted for every batch
+    loaded.model.to(runtime.dtype)  # so that nothing has to be converted for every batch
     return Bertling(loaded.model, loaded.tokenizer, runtime)
 
 

@@ -56,7 +56,7 @@ class Embeddings(nn.Module):
         if self.config.positions == "sinusoidal":
             # Scaled as in Vaswani et al. 2017, section 3.4; else the sines, near 1, would drown the small word vectors.
             x = x * math.sqrt(self.config.hidden_size)
-            x = x + sinusoidal_positions(length, self.config.hidden_size, x.device)
+            x = x + sinusoidal_positions(length, self.config.hidden_size, x.device).to(x.dtype)
         if self.token_type_embeddings is not None:
             segments = torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
             x = x + self.token_type_embeddings(segments)

@@ -196,7 +196,7 @@ ask_options = together(
     choice_option(
         "--dtype",
         ["fp32", "bf16", "fp16", "auto"],
-        "number format of the matrix products; auto: the fastest on this machine",
+        "number format of weights and matrix products; auto: the fastest on this machine",
     ),
 )
 """The model to ask, and the texts to ask it about."""

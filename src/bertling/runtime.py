@@ -24,7 +24,7 @@ class Runtime:
 
     device: torch.device
     dtype: torch.dtype
-    """Of the matrix products; weights, sums and losses stay in fp32."""
+    """Of the matrix products; in training weights, sums and losses stay in fp32."""
     compile: bool
     int8: bool = False
     """Whether the hidden matrices' products are in int8 while training (int8.py), instead of in `dtype`."""
