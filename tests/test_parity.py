@@ -59,8 +59,8 @@ def random_config(name: str, seed: int) -> ModelConfig:
 
 def random_model(name: str, head: Head, seed: int) -> BertEncoder:
     """Every weight has a random share, so that no part is silent (zero) or neutral (one)."""
+    model = BUILDERS[head](random_config(name, seed), torch.Generator().manual_seed(seed + 10))
     generator = torch.Generator().manual_seed(seed)
-    model = BUILDERS[head](random_config(name, seed), generator)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
