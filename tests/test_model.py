@@ -79,15 +79,15 @@ def test_masked_only_loss_equals_full_loss(name: str) -> None:
 def test_positions_select_logits_and_correct_counts_them() -> None:
     model, ids = shaken(BertForMaskedLM(tiny("modern"))).eval(), some_ids()
     positions = torch.tensor([0, 5, 23])
-    logits = model(ids, positions=positions)
+    logits = model(ids, wanted=positions)
     assert logits.shape == (3, VOCAB)
     assert torch.allclose(logits, model(ids).flatten(0, 1)[positions], atol=1e-5)
     labels = logits.argmax(dim=-1)
-    assert model(ids, positions=positions, labels=labels).correct == 3
+    assert model(ids, wanted=positions, labels=labels).correct == 3
     labels[1] = (labels[1] + 1) % VOCAB
     labels[2] = -100
-    assert model(ids, positions=positions, labels=labels).correct == 1
-    assert model.train()(ids, positions=positions, labels=labels).correct is None
+    assert model(ids, wanted=positions, labels=labels).correct == 1
+    assert model.train()(ids, wanted=positions, labels=labels).correct is None
 
 
 @every_preset

@@ -81,7 +81,8 @@ def window_mask(length: int, reach: int, padding: Tensor | None, device: torch.d
 def attention(q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor | None, dropout_p: float = 0.0) -> Tensor:
     """Mix the values [B, H, T, K] by how well each query fits each key; the fast path.
 
-    `attention_mask` is what `padding_mask` gives, or None where nothing is padded (which lets faster kernels in).
+    `attention_mask` comes from `padding_mask` or `window_mask`, or is None where every token may see all (which lets
+    faster kernels in).
     """
     if q.device.type == "cpu" and q.shape[-2] <= SHORT and torch.is_grad_enabled():
         # torch's fused CPU kernel is slow backwards: on short rows plain products are faster (docs/experiments.md).
@@ -134,8 +135,8 @@ class SelfAttention(nn.Module):
         self.qkv_proj = nn.Linear(hidden_size, 3 * hidden_size, bias=bias)
         self.out_proj = nn.Linear(hidden_size, hidden_size, bias=bias)
 
-    def forward(self, x: Tensor, sight: Sight, positions: Tensor | None = None) -> Tensor:
-        """[B, T, D] -> [B, T, D], or [M, D] at the flat `positions` [M] alone."""
+    def forward(self, x: Tensor, sight: Sight, wanted: Tensor | None = None) -> Tensor:
+        """[B, T, D] -> [B, T, D], or [M, D] of the tokens `wanted` [M] alone."""
         batch, length, hidden_size = x.shape
         qkv = self.qkv_proj(x).view(batch, length, 3, self.num_attention_heads, self.head_dim)  # [B, T, 3, H, K]
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # [B, H, T, K] each
@@ -143,7 +144,7 @@ class SelfAttention(nn.Module):
             q, k = rotate(q, *sight.rotary), rotate(k, *sight.rotary)
         mixed = attention(q, k, v, sight.mask, self.dropout if self.training else 0.0)  # [B, H, T, K]
         mixed = mixed.transpose(1, 2).reshape(batch, length, hidden_size)  # [B, T, D]
-        if positions is not None:
-            mixed = mixed.flatten(0, 1).index_select(0, positions)  # [M, D]
+        if wanted is not None:
+            mixed = mixed.flatten(0, 1).index_select(0, wanted)  # [M, D]
         output: Tensor = self.out_proj(mixed)
         return output

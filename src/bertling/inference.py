@@ -145,7 +145,7 @@ class FillMask(_Reader):
         def likeliest(batch: _Batch) -> tuple[list[int], list[list[int]], list[list[float]]]:
             """For each mask the row that it stands in, the best entries, and their probabilities."""
             positions = (batch.input_ids.view(-1) == self.tokenizer.mask_id).nonzero().squeeze(1)  # [M]
-            logits = self.model(batch.input_ids, batch.attention_mask, positions=positions)  # [M, V]
+            logits = self.model(batch.input_ids, batch.attention_mask, wanted=positions)  # [M, V]
             # Foreign models may have more rows than their vocabulary has entries: those mean nothing.
             logits = logits[:, : self.tokenizer.vocab_size].float()
             probabilities, entries = logits.softmax(-1).topk(top_k)  # [M, top_k] each

@@ -1,6 +1,11 @@
 """The anatomy of a BERT: embeddings, blocks, and the two heads (masked words, classification). No IO, no globals.
 
-Shapes: B batch, T tokens, D hidden, F intermediate, V vocabulary (rows padded to a multiple of 64), M masked, L labels.
+Read `BertForMaskedLM.forward` first, then Embeddings, Encoder, Block and MLP; SelfAttention is in attention.py, and the
+tables of values that make all this BERT, DistilBERT or ModernBERT are in presets.py.
+
+A token is a vector of D numbers all the way through, the residual stream [B, T, D]; each block adds to it. `wanted` [M]
+names the tokens whose result someone reads, by row * T + column: the last block and the head compute no others.
+Shapes: B batch, T tokens, D hidden, I inside the MLP, V vocabulary, M wanted tokens, L labels.
 """
 
 import math
@@ -24,7 +29,7 @@ from bertling.presets import ModelConfig as ModelConfig
 from bertling.presets import Pooler
 from bertling.presets import Pooling as Pooling
 
-# The parameters that run with more rows than the vocabulary has entries.
+# Their rows are filled up to a multiple of 64, for faster products; files hold the vocabulary's alone.
 VOCABULARY_MATRICES = ("embeddings.word_embeddings.weight", "mlm_head.decoder.weight")
 
 
@@ -79,10 +84,10 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.glu:
-            x, gate = self.up_proj(x).chunk(2, dim=-1)  # [B, T, F] each
-            x = self.down_proj(self.dropout(F.gelu(x) * gate))  # [B, T, D]
+            x, gate = self.up_proj(x).chunk(2, dim=-1)  # [B, T, I] each
+            x = self.down_proj(self.dropout(F.gelu(x) * gate))  # [B, T, D]; dropout where ModernBERT has it
         else:
-            x = self.dropout(self.down_proj(F.gelu(self.up_proj(x))))  # [B, T, D]
+            x = self.dropout(self.down_proj(F.gelu(self.up_proj(x))))  # [B, T, D]; where BERT has it
         return x
 
 
@@ -103,15 +108,15 @@ class Block(nn.Module):
         self.mlp_norm = layer_norm(config)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, sight: Sight, positions: Tensor | None = None) -> Tensor:
-        """[B, T, D] -> [B, T, D]; or -> [M, D] with `positions` [M]: these look at all tokens, the rest is dropped."""
-        residual = x if positions is None else x.flatten(0, 1).index_select(0, positions)
-        if self.norm_first:  # the stream itself is never normalised, so gradients reach the first block undamped
-            mixed = self.attention(self.attention_norm(x), sight, positions)
+    def forward(self, x: Tensor, sight: Sight, wanted: Tensor | None = None) -> Tensor:
+        """[B, T, D] -> [B, T, D]; or -> [M, D] with `wanted` [M]: these look at all tokens, the rest is dropped."""
+        residual = x if wanted is None else x.flatten(0, 1).index_select(0, wanted)
+        if self.norm_first:  # each part reads a normalised copy; the stream itself passes, and so do gradients
+            mixed = self.attention(self.attention_norm(x), sight, wanted)
             x = residual + self.dropout(mixed)
             x = x + self.mlp(self.mlp_norm(x))
-        else:
-            mixed = self.attention(x, sight, positions)
+        else:  # as in the first BERT: the sum itself is normalised
+            mixed = self.attention(x, sight, wanted)
             x = self.attention_norm(residual + self.dropout(mixed))
             x = self.mlp_norm(x + self.mlp(x))
         return x
@@ -128,15 +133,17 @@ class Encoder(nn.Module):
         )
         self.final_norm = layer_norm(config) if config.final_norm else nn.Identity()
 
-    def forward(self, x: Tensor, attention_mask: Tensor | None, positions: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, attention_mask: Tensor | None, wanted: Tensor | None = None) -> Tensor:
         """[B, T, D] -> [B, T, D]; `attention_mask` [B, T] is 1 or True where a token counts, None where all do.
 
-        With `positions` [M] (flat, in B * T) the last block ends at these tokens, [M, D]: no one reads the others.
+        With `wanted` [M] the last block ends at these tokens, [M, D]: no one reads the others.
         """
-        sights = [self.sight(x, attention_mask, local=local) for local in (False, True)]
         last = len(self.layers) - 1
+        # Masks and angles, once for each kind of block that there is: seeing all, or a window.
+        kinds = sorted({self.config.is_local(i) for i in range(len(self.layers))})
+        sights = {local: self.sight(x, attention_mask, local=local) for local in kinds}
         for i, block in enumerate(self.layers):
-            x = block(x, sights[self.config.is_local(i)], positions if i == last else None)
+            x = block(x, sights[self.config.is_local(i)], wanted if i == last else None)
         output: Tensor = self.final_norm(x)
         return output
 
@@ -155,7 +162,7 @@ class Encoder(nn.Module):
 
 
 class BertEncoder(nn.Module):
-    """Token ids to contextual vectors: what both heads stand on."""
+    """Token ids to contextual vectors: what both heads below stand on."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -168,13 +175,13 @@ class BertEncoder(nn.Module):
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
-        positions: Tensor | None = None,
+        wanted: Tensor | None = None,
     ) -> Tensor:
-        """Last hidden states, [B, T] -> [B, T, D], or [M, D] of the flat `positions` [M] alone.
+        """Last hidden states, [B, T] -> [B, T, D], or [M, D] of the tokens `wanted` [M] alone.
 
         Segments are ignored by a model without segment embeddings.
         """
-        x: Tensor = self.encoder(self.embeddings(input_ids, token_type_ids), attention_mask, positions)
+        x: Tensor = self.encoder(self.embeddings(input_ids, token_type_ids), attention_mask, wanted)
         return x
 
 
@@ -220,7 +227,7 @@ class MaskedOutput(NamedTuple):
     """What one batch says about masked words."""
 
     loss_sum: Tensor
-    """Cross-entropy in nats, summed over the labels that are not -100; in fp32 at least."""
+    """Cross-entropy in nats, summed over the labels that are not -100 (who trains divides); in fp32 at least."""
     correct: Tensor | None
     """How many of them have the highest score; not counted while training."""
 
@@ -243,16 +250,16 @@ class BertForMaskedLM(BertEncoder):
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
-        positions: Tensor | None = None,
+        wanted: Tensor | None = None,
         labels: Tensor | None = None,
         token_type_ids: Tensor | None = None,
     ) -> Tensor | MaskedOutput:
-        """Logits [B, T, V]; with `positions` [M] (flat, in B * T) logits [M, V]; with `labels` a MaskedOutput.
+        """Logits [B, T, V]; with `wanted` [M] logits [M, V]; with `labels` a MaskedOutput.
 
-        `labels` belong to `positions`, or are [B, T] without them; -100 marks what is not scored.
-        Only the positions named pass through the end of the last block and the vocabulary matrix, by far the largest.
+        `labels` belong to `wanted`, or are [B, T] without them; -100 marks what is not scored.
+        Only the tokens wanted pass through the end of the last block and the vocabulary matrix, by far the largest.
         """
-        x = self.encode(input_ids, attention_mask, token_type_ids, positions)  # [B, T, D] or [M, D]
+        x = self.encode(input_ids, attention_mask, token_type_ids, wanted)  # [B, T, D] or [M, D]
         logits: Tensor = self.mlm_head(x)
         if labels is None:
             return logits[..., : self.config.vocab_size]
@@ -302,7 +309,7 @@ def layer_norm(config: ModelConfig) -> nn.LayerNorm:
 @torch.no_grad()
 def initialize(module: nn.Module, config: ModelConfig, generator: torch.Generator | None = None) -> None:
     """Give `module` fresh weights: a normal cut at two deviations (as in Devlin et al.'s code), zero biases."""
-    done: set[Tensor] = set()  # a shared matrix is drawn once, as what it is first: the word embeddings
+    done: set[Tensor] = set()  # a tied matrix comes twice, and is drawn once: as word embeddings
     for name, part in module.named_modules():
         if isinstance(part, nn.LayerNorm):
             part.reset_parameters()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from bertling.settings import Settings
 
 HIDDEN = ("encoder.", "mlm_head.transform.", "pooler.")
-"""Where the hidden matrices are: neither embeddings nor scores, whose rows stand each for itself. Muon takes these."""
+"""Where the hidden matrices are, from vector to vector. Muon takes these; embeddings and scores have a row an entry."""
 MOMENTUM = 0.95
 NEWTON_SCHULZ = (
     (8.3837, -24.7659, 18.3571),

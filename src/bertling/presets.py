@@ -171,7 +171,7 @@ BERT: dict[str, Any] = {
     "type_vocab_size": 2,
     "layer_norm_eps": 1e-12,
     "initializer_range": 0.02,
-    "embedding_dropout_prob": 0.1,
+    "embedding_dropout_prob": 0.1,  # as published; a training puts its setting dropout in the place of all five
     "attention_probs_dropout_prob": 0.1,
     "attention_output_dropout_prob": 0.1,
     "hidden_dropout_prob": 0.1,
