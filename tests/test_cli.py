@@ -248,6 +248,7 @@ def test_debug_shows_the_traceback_behind_any_command(tmp_path: Path) -> None:
     [
         (KeyboardInterrupt(), 130, "interrupted"),
         (MemoryError(), 2, "out of memory; lower micro-batch-size, or the size of the model"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 2, "out of memory; lower micro-batch-size"),
         (OSError(errno.ENOSPC, "No space left on device"), 2, "output: the disk is full: free some space"),
         (OSError(errno.EIO, "Input/output error", "disk.bin"), 2, "disk.bin: Input/output error"),
         (BertlingError("a: wrong\nmend it"), 2, "a: wrong mend it"),
@@ -275,6 +276,11 @@ def test_a_fault_of_the_program_keeps_its_traceback(tmp_path: Path, monkeypatch:
     monkeypatch.setattr("bertling.tools.vocab.make_vocabulary", mock.Mock(side_effect=ValueError("a bug")))
     with pytest.raises(ValueError, match="a bug"):
         bertling("vocab", "-i", TEXT, "-o", tmp_path)
+
+
+def test_a_plot_that_cannot_be_drawn_is_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cli.draw([tmp_path])
+    assert capsys.readouterr().err.startswith(f"warning: no plot: {tmp_path}")
 
 
 def test_a_reader_that_leaves_early_is_no_error() -> None:

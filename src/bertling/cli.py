@@ -3,7 +3,6 @@
 import os
 import signal
 import sys
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,10 @@ import click
 
 from bertling.cli_use import USE_COMMANDS
 from bertling.console import answer, clean_end, explain, forget_output, is_first, is_rank, say
+from bertling.files import BertlingError
 from bertling.options import (
     PATH,
     GroupedCommand,
-    device_option,
     force_option,
     input_options,
     json_option,
@@ -23,7 +22,7 @@ from bertling.options import (
     start_options,
     training_options,
 )
-from bertling.settings import Settings, default_files, parse_settings, read_settings
+from bertling.settings import Settings, default_files, read_settings
 
 STOPPED = 3
 """Exit status of a training that was asked to stop, and saved."""
@@ -149,7 +148,6 @@ def pretrain(context: click.Context, configs: tuple[Path, ...], cp: Path | None,
         load_start(start, lambda text: None)
         launch_self(start)
     outcome = run_pretrain(start, say)
-    finish([outcome.run] if outcome.finished else [])
     answer(
         {
             **outcome.metrics,
@@ -165,6 +163,7 @@ def pretrain(context: click.Context, configs: tuple[Path, ...], cp: Path | None,
         f"{outcome.metrics.get('eval/accuracy', 0.0):.1%}, loss {outcome.metrics.get('eval/loss', 0.0):.3f}",
         as_json,
     )
+    draw([outcome.run] if outcome.finished else [])
     if not outcome.finished:
         sys.exit(STOPPED)
 
@@ -205,8 +204,8 @@ def finetune(
         check_start(start, from_scratch=from_scratch)
         launch_self(start)
     result = run_finetune(start, say, from_scratch=from_scratch)
-    finish(one.outcome.run for one in result.seeds if one.outcome.finished)
     answer(result.to_dict(), result.text(), as_json)
+    draw(one.outcome.run for one in result.seeds if one.outcome.finished)
     if not result.seeds[-1].outcome.finished:
         sys.exit(STOPPED)
 
@@ -249,15 +248,18 @@ def launch_self(start: Any) -> None:
     sys.exit(STOPPED if status is None else status)
 
 
-def finish(runs: Iterable[Path]) -> None:
-    """Draw the plots of finished runs."""
+def draw(runs: Iterable[Path]) -> None:
+    """Draw the plots of finished runs; the answer was given, whatever becomes of them."""
     if not is_first():
         return
     from bertling.plots import plot_run
 
     for run in runs:
-        for path in plot_run(run):
-            say(f"plot: {path}")
+        try:
+            for path in plot_run(run):
+                say(f"plot: {path}")
+        except BertlingError as error:
+            say(f"warning: no plot: {error}")
 
 
 @cli.command("verify-resume")
@@ -292,70 +294,6 @@ def verify_resume(
     answer(report.to_dict(), report.text(), as_json)
     if not report.passed:
         sys.exit(1)
-
-
-@cli.command()
-@click.argument("rows", nargs=-1, type=click.Choice(["step", "prepare", "batches", "finetune", "classify", "startup"]))
-@click.option("--preset", help="step: modern, bert, distilbert or seed  [default: three workloads of ours]")
-@click.option("--size", default="mini", show_default=True, help="step: mini, small or base")
-@click.option("--vocab-size", type=click.IntRange(64, 200_000), default=8192, show_default=True, help="step: entries")
-@click.option("--batch-size", type=click.IntRange(1), default=64, show_default=True, help="step: rows")
-@click.option("--micro-batch-size", type=click.IntRange(1), help="step: rows per forward pass  [default: all]")
-@click.option("--seq-len", type=click.IntRange(8, 8192), default=128, show_default=True, help="step: tokens in a row")
-@click.option("--dtype", default="auto", show_default=True, help="step, ours: auto, bf16, fp16, fp32 or int8")
-@click.option("--compile", "compiled", default="auto", show_default=True, help="step, ours: auto, true or false")
-@click.option("--text", type=PATH, help="prepare: a .txt file  [default: this machine's documentation prose]")
-@click.option("--data", type=PATH, help="finetune, classify: labelled texts  [default: those of the demo]")
-@click.option(
-    "--vocab", type=PATH, help="prepare, finetune, classify: vocabulary  [default: the box's, filled up to 30,522]"
-)
-@click.option("--against", type=click.Choice(["hf"]), help="the usual tools too, at their defaults and at their best")
-@click.option("--rounds", type=click.IntRange(1, 100), default=5, show_default=True, help="turns of each")
-@device_option
-@json_option
-def bench(
-    rows: tuple[str, ...],
-    preset: str | None,
-    size: str,
-    vocab_size: int,
-    batch_size: int,
-    micro_batch_size: int | None,
-    seq_len: int,
-    dtype: str,
-    compiled: str,
-    text: Path | None,
-    data: Path | None,
-    vocab: Path | None,
-    against: str | None,
-    rounds: int,
-    device: str,
-    as_json: bool,
-) -> None:
-    """Measure how fast each kind of work is, by itself or against the usual tools of Hugging Face.
-
-    ROWS are step (a pre-training step: time by phase, FLOPs, share of the machine's peak), prepare, batches, finetune,
-    classify and startup; without any of them all are measured, or step alone where a preset is named.
-    """
-    from bertling.runtime import available_cores, choose_device
-    from bertling.tools.bench import WORKLOADS, sized_workload
-    from bertling.tools.bench import bench as run_bench
-    from bertling.tools.comparisons import COMPARISONS, Bench, compare
-
-    rows = rows or (("step",) if preset is not None else ("step", *COMPARISONS))
-    with tempfile.TemporaryDirectory(prefix="bertling-bench-") as folder:
-        where = Path(folder), against is not None, rounds, str(choose_device(device)), available_cores(), say
-        comparisons = compare([row for row in rows if row != "step"], Bench(*where, text, vocab, data))
-        if "step" in rows:
-            workloads = WORKLOADS
-            if preset is not None:
-                workloads = (sized_workload(preset, size, vocab_size, batch_size, seq_len, micro_batch_size),)
-            settings = vars(parse_settings({"device": device, "dtype": dtype, "compile": compiled}))
-            given = {name: settings[name] for name in ("device", "dtype", "compile")}
-            for workload in workloads:
-                report = run_bench(workload, against=against is not None, rounds=rounds, settings=given, say=say)
-                answer(report.to_dict(), report.text(), as_json)
-        for comparison in comparisons:
-            answer(comparison.to_dict(), comparison.text(), as_json)
 
 
 for command in USE_COMMANDS:

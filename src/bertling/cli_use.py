@@ -1,5 +1,6 @@
-"""The commands that use a trained model, or fetch one; the others are in `cli.py`. Parsing and wiring only."""
+"""The commands that use a trained model, fetch one, or measure; the others are in `cli.py`. Parsing and wiring only."""
 
+import tempfile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +16,7 @@ from bertling.options import (
     json_option,
     model_option,
 )
+from bertling.settings import parse_settings
 
 
 @click.command()
@@ -205,4 +207,76 @@ def download(name: str, output: Path | None, as_json: bool) -> None:
     answer(result.to_dict(), result.text(), as_json)
 
 
-USE_COMMANDS: tuple[click.Command, ...] = (evaluate, compare, fill, classify, embed, summary, export, download)
+@click.command()
+@click.argument("rows", nargs=-1, type=click.Choice(["step", "prepare", "batches", "finetune", "classify", "startup"]))
+@click.option("--preset", help="step: modern, bert, distilbert or seed  [default: three workloads of ours]")
+@click.option("--size", help="with --preset: mini, small or base  [default: mini]")
+@click.option("--vocab-size", type=click.IntRange(64, 200_000), help="with --preset: entries  [default: 8192]")
+@click.option("--batch-size", type=click.IntRange(1), help="with --preset: rows  [default: 64]")
+@click.option("--micro-batch-size", type=click.IntRange(1), help="with --preset: rows at once  [default: all]")
+@click.option("--seq-len", type=click.IntRange(8, 8192), help="with --preset: tokens in a row  [default: 128]")
+@click.option("--dtype", default="auto", show_default=True, help="step, ours: auto, bf16, fp16, fp32 or int8")
+@click.option("--compile", "compiled", default="auto", show_default=True, help="step, ours: auto, true or false")
+@click.option("--text", type=PATH, help="prepare: a .txt file  [default: this machine's documentation prose]")
+@click.option("--data", type=PATH, help="finetune, classify: labelled texts  [default: those of the demo]")
+@click.option(
+    "--vocab", type=PATH, help="prepare, finetune, classify: vocabulary  [default: the box's, filled up to 30,522]"
+)
+@click.option("--against", type=click.Choice(["hf"]), help="the usual tools too, at their defaults and at their best")
+@click.option("--rounds", type=click.IntRange(1, 100), default=5, show_default=True, help="turns of each")
+@device_option
+@json_option
+def bench(
+    rows: tuple[str, ...],
+    preset: str | None,
+    size: str | None,
+    vocab_size: int | None,
+    batch_size: int | None,
+    micro_batch_size: int | None,
+    seq_len: int | None,
+    dtype: str,
+    compiled: str,
+    text: Path | None,
+    data: Path | None,
+    vocab: Path | None,
+    against: str | None,
+    rounds: int,
+    device: str,
+    as_json: bool,
+) -> None:
+    """Measure how fast each kind of work is, by itself or against the usual tools of Hugging Face.
+
+    ROWS are step (a pre-training step: time by phase, FLOPs, share of the machine's peak), prepare, batches, finetune,
+    classify and startup; without any of them all are measured, or step alone where a preset is named.
+    """
+    from bertling.runtime import available_cores, choose_device
+    from bertling.tools.bench import WORKLOADS, sized_workload
+    from bertling.tools.bench import bench as run_bench
+    from bertling.tools.comparisons import COMPARISONS, Bench, compare
+
+    shape = {"size": size, "vocab-size": vocab_size, "batch-size": batch_size, "seq-len": seq_len}
+    for name, value in (shape | {"micro-batch-size": micro_batch_size}).items():
+        if preset is None and value is not None:
+            raise click.UsageError(f"--{name}: the step's own workloads have their sizes; name a --preset with it")
+    rows = rows or (("step",) if preset is not None else ("step", *COMPARISONS))
+    with tempfile.TemporaryDirectory(prefix="bertling-bench-") as folder:
+        where = Path(folder), against is not None, rounds, choose_device(device).type, available_cores(), say
+        comparisons = compare([row for row in rows if row != "step"], Bench(*where, text, vocab, data))
+        if "step" in rows:
+            workloads = WORKLOADS
+            if preset is not None:
+                workloads = (
+                    sized_workload(
+                        preset, size or "mini", vocab_size or 8192, batch_size or 64, seq_len or 128, micro_batch_size
+                    ),
+                )
+            settings = vars(parse_settings({"device": device, "dtype": dtype, "compile": compiled}))
+            given = {name: settings[name] for name in ("device", "dtype", "compile")}
+            for workload in workloads:
+                report = run_bench(workload, against=against is not None, rounds=rounds, settings=given, say=say)
+                answer(report.to_dict(), report.text(), as_json)
+        for comparison in comparisons:
+            answer(comparison.to_dict(), comparison.text(), as_json)
+
+
+USE_COMMANDS: tuple[click.Command, ...] = (evaluate, compare, fill, classify, embed, summary, export, download, bench)

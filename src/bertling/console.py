@@ -31,7 +31,7 @@ def answer(value: Any, text: str, as_json: bool) -> None:
 
 def is_first() -> bool:
     """Whether this is the process that answers."""
-    return os.environ.get("RANK", "0") == "0"
+    return "WORLD_SIZE" not in os.environ or os.environ.get("RANK", "0") == "0"
 
 
 def is_rank() -> bool:
@@ -46,7 +46,8 @@ def explain(error: Exception) -> str | None:
     if isinstance(error, click.ClickException):
         where = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "bertling"
         return f"{' '.join(error.format_message().split()).rstrip('.')}; '{where} --help' shows what it takes"
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, which is not loaded
+    of_torch = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)  # it is not loaded
+    if isinstance(error, MemoryError) or of_torch:
         return "out of memory; lower micro-batch-size, or the size of the model"
     if isinstance(error, OSError):
         try:

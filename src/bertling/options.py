@@ -112,7 +112,7 @@ def model_option(*, required: bool) -> Callable[[F], F]:
     return click.option("--cp", type=PATH, required=required, help="run, checkpoint or Hugging Face model folder")
 
 
-device_option = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or mps")
+device_option = choice_option("--device", ["auto", "cpu", "cuda", "mps"], "where to compute")
 
 start_options = together(
     click.option(
