@@ -62,6 +62,15 @@ def test_a_bad_step_is_skipped_and_counted(train_mlm: Train, monkeypatch: pytest
     assert all(bool(value.isfinite().all()) for value in load_file(last(outcome) / "model.safetensors").values())
 
 
+def test_what_is_due_at_a_bad_step_waits_for_a_good_one(train_mlm: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    spoil(monkeypatch, lambda step: step in (4, 5))
+    outcome = train_mlm(max_iters=8, val_interval=4, save_every="4", max_checkpoints=9)
+    evaluated = [entry["step"] for entry in read_metrics(outcome.run) if "eval/loss" in entry]
+    saved = sorted(int(path.name[5:]) for path in (outcome.run / "checkpoints").glob("step-*"))
+    assert (evaluated, saved) == ([0, 6, 8], [0, 6, 8])
+    assert os.readlink(outcome.run / "checkpoints" / "best") == f"step-{outcome.best_step:07d}"
+
+
 def last(outcome: Outcome) -> Path:
     return outcome.run / "checkpoints" / "last"
 
@@ -181,7 +190,7 @@ def test_memory_that_holds_not_one_row_ends_the_run(train_mlm: Train, monkeypatc
         train_mlm(max_iters=2)
 
 
-def fill_disk(monkeypatch: pytest.MonkeyPatch, refused: Callable[[int], bool]) -> list[int]:
+def fill_disk(monkeypatch: pytest.MonkeyPatch, refused: Callable[[int], bool], code: int = errno.ENOSPC) -> list[int]:
     """Let the n-th checkpoint (from 0) meet a full disk where `refused` says so; returns the steps that were tried."""
     tried: list[int] = []
     write_model = checkpoint.write_model
@@ -190,7 +199,7 @@ def fill_disk(monkeypatch: pytest.MonkeyPatch, refused: Callable[[int], bool]) -
         tried.append(int(folder.name.split("-")[1][:7]))
         write_model(folder, *rest)
         if refused(len(tried) - 1):
-            raise OSError(errno.ENOSPC, "No space left on device")
+            raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(checkpoint, "write_model", full)
     monkeypatch.setattr(train, "RETRY_SECONDS", 0)
@@ -208,8 +217,19 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(train_mlm: Train, monkey
     assert "the disk is full: free some space" in log_of(outcome)
     for name, value in load_file(last(whole) / "model.safetensors").items():
         assert torch.equal(load_file(last(outcome) / "model.safetensors")[name], value)
+    assert "Input/output error" not in log_of(outcome)
     # The best is one that is there.
     assert os.readlink(outcome.run / "checkpoints" / "best") == f"step-{outcome.best_step:07d}"
+
+
+def test_a_disk_that_fails_once_costs_no_more_than_a_full_one(
+    train_mlm: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill_disk(monkeypatch, lambda number: number == 1, errno.EIO)
+    outcome = train_mlm(max_iters=6, save_every="2")
+    assert outcome.finished
+    assert "warning: step 2 could not be saved (" in log_of(outcome)
+    assert "Input/output error" in log_of(outcome)
 
 
 def test_a_disk_that_stays_full_ends_the_run_with_the_checkpoint_before(
@@ -217,7 +237,7 @@ def test_a_disk_that_stays_full_ends_the_run_with_the_checkpoint_before(
 ) -> None:
     fill_disk(monkeypatch, lambda number: number >= 3)
     with pytest.raises(
-        BertlingError, match=r"run0: stopped at step 10: 3 checkpoints in a row found the disk full; the one"
+        BertlingError, match=r"run0: stopped at step 10: 3 checkpoints in a row could not be written \(.*disk is full"
     ):
         train_mlm(max_iters=50, save_every="2", run_id="run0")
     monkeypatch.undo()
@@ -251,7 +271,7 @@ def test_a_disk_that_is_really_full_leaves_whole_checkpoints(small_disk: list[st
         f"{train_words.split(' --d-model')[0]} --cp disk/runs/full --max-checkpoints 1 --max-iters 30; echo status $?"
     )
     done = subprocess.run([*small_disk[:-1], small_disk[-1] + script], cwd=work, capture_output=True, text=True)
-    assert "checkpoints in a row found the disk full" in done.stderr, done.stderr
+    assert "checkpoints in a row could not be written" in done.stderr, done.stderr
     assert "could not be saved" in done.stderr
     assert "Traceback" not in done.stderr
     statuses = [line for line in done.stdout.splitlines() if line.startswith("status")]

@@ -197,14 +197,21 @@ def test_what_a_full_disk_refuses_waits_for_room(tmp_path: Path, capsys: pytest.
         (full / "logs" / name).unlink()  # room again
         train(log, 21, 30)
     assert (full / "logs" / name).read_text() == (whole / "logs" / name).read_text()
-    assert capsys.readouterr().err.count(f"{name}: the disk is full; what is logged waits for room") == 1
+    assert capsys.readouterr().err.count(f"{name}: the disk is full; what is logged waits until it can") == 1
 
 
-def test_a_log_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
-    with open_log(tmp_path) as log:
-        (tmp_path / "logs" / "log.txt").mkdir()
-        with pytest.raises(BertlingError, match=r"log\.txt: this is a folder"):
-            train(log, 1, 10)
+def test_a_log_that_cannot_be_written_waits_and_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    with open_log(whole) as log:
+        train(log, 1, 30)
+    with open_log(broken) as log:
+        (broken / "logs").rename(tmp_path / "away")  # as when a network disk is gone for a while
+        train(log, 1, 20)
+        (tmp_path / "away").rename(broken / "logs")
+        train(log, 21, 30)
+    for name in ("log.txt", "metrics.jsonl"):
+        assert (broken / "logs" / name).read_text() == (whole / "logs" / name).read_text()
+    assert capsys.readouterr().err.count("No such file or directory; what is logged waits until it can") == 1
 
 
 def test_missing_wandb_is_said_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,7 +233,8 @@ class FakeWandb:
 
     def __init__(self, error: Exception | None = None) -> None:
         self.error, self.finished = error, 0
-        self.told: list[tuple[int, dict[str, float]]] = []
+        self.told: list[dict[str, float]] = []
+        self.step_metric = ""
         self.init_arguments: dict[str, Any] = {}
         self.Settings = SimpleNamespace
 
@@ -236,8 +244,11 @@ class FakeWandb:
         self.init_arguments = arguments
         return self
 
-    def log(self, metrics: dict[str, float], step: int) -> None:
-        self.told.append((step, metrics))
+    def define_metric(self, name: str, step_metric: str) -> None:
+        self.step_metric = step_metric
+
+    def log(self, metrics: dict[str, float]) -> None:
+        self.told.append(metrics)
 
     def finish(self) -> None:
         self.finished += 1
@@ -256,8 +267,12 @@ def test_wandb_is_offline_without_a_key(
         train(log, 1, 10)
     assert fake.init_arguments["mode"] == mode
     assert fake.init_arguments["config"] == {"seed": 1}
-    assert fake.told[-1] == (10, {"eval/loss": 2.0, "eval/accuracy": 0.1})
-    assert fake.finished == 1
+    assert fake.told[-1] == {"step": 10, "eval/loss": 2.0, "eval/accuracy": 0.1}
+    assert (fake.step_metric, fake.finished) == ("step", 1)
+    begun = fake.init_arguments
+    with open_log(tmp_path / "run", wandb=True, start_step=10):
+        pass
+    assert (fake.init_arguments["id"], fake.init_arguments["resume"]) == (begun["id"], "allow")
 
 
 def test_wandb_that_does_not_start_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

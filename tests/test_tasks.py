@@ -71,12 +71,14 @@ class Shared(Ranks):
         return tensor
 
 
-def test_an_evaluation_is_that_of_all_rows_together(padded: Path, tiny_tokenizer: Tokenizer) -> None:
+def test_an_evaluation_is_that_of_all_rows_together(
+    padded: Path, tiny_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, val = make_model(BertForMaskedLM, tiny_tokenizer), split(padded, "val")
     assert val.rows > 2 * tasks.EVAL_BATCH
     whole = next(evaluation_batches(val, tiny_tokenizer, batch_size=val.rows, mlm_probability=0.15, seed=0))
     with torch.inference_mode():
-        logits = model.eval()(whole.input_ids, whole.attention_mask, positions=whole.positions)
+        logits = model.eval()(whole.input_ids, whole.attention_mask, wanted=whole.positions)
     used = whole.labels != -100
     found = evaluate_masked_lm(model, val, tiny_tokenizer, FP32)
     assert found["eval/scored"] == whole.count == int(used.sum())
@@ -84,6 +86,9 @@ def test_an_evaluation_is_that_of_all_rows_together(padded: Path, tiny_tokenizer
     assert found["eval/accuracy"] == pytest.approx(float((logits.argmax(-1) == whole.labels)[used].float().mean()))
     assert model.training
     assert evaluate_masked_lm(model, val, tiny_tokenizer, FP32) == found  # dropout is off, the masks are frozen
+    monkeypatch.setattr(tasks, "EVAL_TOKENS", 7 * val.seq_len)
+    assert tasks.evaluation_rows(val.seq_len) == 7
+    assert evaluate_masked_lm(model, val, tiny_tokenizer, FP32) == pytest.approx(found, rel=1e-5)
 
 
 @pytest.mark.parametrize("world_size", [2, 5])
@@ -146,9 +151,9 @@ class Stubborn(nn.Module):
         self.size = size
         self.asked: list[list[int]] = []
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None, positions: Tensor) -> Tensor:
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None, wanted: Tensor) -> Tensor:
         self.asked.append(input_ids[0].tolist())
-        return F.one_hot(torch.full_like(positions, 77), self.size).float()
+        return F.one_hot(torch.full_like(wanted, 77), self.size).float()
 
 
 def test_each_turn_shows_another_row(padded: Path, tiny_tokenizer: Tokenizer) -> None:

@@ -100,7 +100,7 @@ def test_one_batch_is_learnt_by_heart(work: Path, tiny_tokenizer: Tokenizer, tmp
     batch = first[0][0]
     trainer.model.eval()
     with torch.inference_mode():
-        output = trainer.model(batch.input_ids, batch.attention_mask, positions=batch.positions, labels=batch.labels)
+        output = trainer.model(batch.input_ids, batch.attention_mask, wanted=batch.positions, labels=batch.labels)
     assert int(output.correct) == batch.count > 30
     assert float(output.loss_sum) / batch.count < 0.1
 
@@ -200,6 +200,18 @@ def test_until_the_first_evaluation_the_last_state_is_the_best(
     stopped = train_mlm(max_iters=10)
     assert (stopped.step, stopped.finished) == (3, False)
     assert (stopped.run / "checkpoints" / "best").resolve().name == "step-0000003"
+
+
+def test_a_closed_terminal_asks_for_a_stop_too(train_mlm: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    at_step(monkeypatch, 2, lambda: signal.raise_signal(signal.SIGHUP))
+    stopped = train_mlm(max_iters=10)
+    assert (stopped.step, stopped.finished) == (3, False)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup has it
+    monkeypatch.undo()
+    at_step(monkeypatch, 4, lambda: signal.raise_signal(signal.SIGHUP))
+    assert train_mlm(cp=stopped.run).finished
+    signal.signal(signal.SIGHUP, before)
 
 
 def test_what_is_evaluated_after_the_last_save_is_kept(train_mlm: Train, monkeypatch: pytest.MonkeyPatch) -> None:

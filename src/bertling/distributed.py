@@ -110,6 +110,8 @@ def wants_gpu(settings: Settings) -> bool:
 
 def check_processes(settings: Settings, world_size: int, local_processes: int) -> None:
     """Each process needs a row of the batch, and a GPU of its own where GPUs are used."""
+    if settings.device == "mps" and world_size > 1:
+        raise BertlingError("device = mps: several processes cannot train on it together; give device = cpu, or no ddp")
     if settings.batch_size < world_size:
         raise BertlingError(
             f"batch-size = {settings.batch_size} is less than one row for each of the {world_size} processes: raise "
@@ -157,4 +159,9 @@ def launch(settings: Settings, arguments: Sequence[str]) -> int | None:
         return max(1, error.get_first_failure()[1].exitcode)  # a killed process has a negative one
     except SignalException:
         return None
+    except dist.DistError as error:
+        raise BertlingError(
+            f"dist-master-port: the processes could not meet ({' '.join(str(error).split())[:200]}); is another "
+            "training using this port?"
+        ) from error
     return 0

@@ -18,7 +18,7 @@ LOW_RATE = 1e-5
 
 @contextmanager
 def stop_requests() -> Iterator[Callable[[], bool]]:
-    """Within this context SIGINT and SIGTERM ask for a clean stop; a second one ends the process at once.
+    """Within this context SIGINT, SIGTERM and SIGHUP ask for a clean stop; a second one ends the process at once.
 
     Not where a launcher watches over several processes: whoever stops all of them at once, as Ctrl-C and clusters do,
     would make it pass a second one on. It ends those that do not come to an end.
@@ -32,7 +32,9 @@ def stop_requests() -> Iterator[Callable[[], bool]]:
             signal.raise_signal(number)
         asked = True
 
-    numbers = (signal.SIGINT, signal.SIGTERM)
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup has it ignored, and so it stays
+        numbers.append(signal.SIGHUP)
     try:
         before = [signal.signal(number, ask) for number in numbers]
     except ValueError:  # not in the main thread, where signals do not arrive

@@ -1,7 +1,6 @@
 """Writing and reading files so that nothing half-written is ever left, and every failure is one clear line."""
 
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -11,6 +10,11 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+try:
+    import fcntl
+except ImportError as error:
+    raise ImportError("bertling runs on Linux and macOS; on Windows, in its Linux subsystem (WSL)") from error
 
 UNFINISHED, REPLACED = ".bertling-tmp", ".bertling-old"
 """Endings of hidden names: what is being written, and what is just being replaced."""

@@ -13,7 +13,14 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 from rich.text import Text
 
-from bertling.files import BertlingError, atomic_write, is_disk_full, readable_errors, write_json
+from bertling.files import (
+    BertlingError,
+    atomic_write,
+    is_disk_full,
+    readable_errors,
+    skipped_on_full_disk,
+    write_json,
+)
 from bertling.sinks import EventFile, start_wandb
 
 # The speed is taken over this many calls, so that compilation and slow first steps leave the forecast soon.
@@ -28,8 +35,8 @@ class RunLog:
 
     `start_step` is the last step that a resumed run had finished: what a killed run wrote of later steps is cut off.
     `start_seconds` is the training time until then.
-    Nothing is written to standard output. On a full disk lines are kept back until there is room. Raises BertlingError
-    where a file cannot be written for another reason, where metrics.jsonl is damaged, and where `wandb` is asked for
+    Nothing is written to standard output. What a full or failing disk refuses is kept back until it can be written.
+    Raises BertlingError where the logs cannot be begun, where metrics.jsonl is damaged, and where `wandb` is asked for
     but not installed.
     """
 
@@ -123,8 +130,9 @@ class RunLog:
         """Forget what was told of steps after `step`, which the run is about to do once more, and say why."""
         if not self._enabled:
             return
-        _cut_metrics(self._logs / "metrics.jsonl", step)
-        _cut_log(self._logs / "log.txt", step)
+        with skipped_on_full_disk():
+            _cut_metrics(self._logs / "metrics.jsonl", step)
+            _cut_log(self._logs / "log.txt", step)
         self._events.begin(step + 1)
         self._step = step
         self._recent = deque([(step, self._seconds)], maxlen=SPEED_WINDOW)
@@ -160,7 +168,7 @@ class RunLog:
         moving = {key: value for key, value in metrics.items() if not key.startswith("floor")}
         self._events.scalars(step, moving)
         if self._wandb is not None:
-            self._wandb.log(moving, step=step)
+            self._wandb.log({"step": step, **moving})
 
     def _append(self, path: Path, data: bytes) -> None:
         """Add to a file without buffering, so that a killed run loses nothing; what a full disk refuses waits."""
@@ -172,11 +180,10 @@ class RunLog:
                     while data:
                         data = data[file.write(data) :]
             except OSError as error:
-                if not is_disk_full(error):
-                    raise
                 self._kept_back[path] = data[-MOST_KEPT_BACK:]
                 if first:
-                    said = f"warning: {path}: the disk is full; what is logged waits for room"
+                    why = "the disk is full" if is_disk_full(error) else error.strerror
+                    said = f"warning: {path}: {why}; what is logged waits until it can be written"
                     self._console.print(said, markup=False, highlight=False, soft_wrap=True)
 
     def _forecast(self) -> tuple[float | None, float | None, float | None]:

@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import torch
 
@@ -47,7 +48,9 @@ class Runtime:
 
 def build_runtime(settings: Settings, *, local_rank: int = 0, local_processes: int = 1) -> Runtime:
     """Choose device, number format, threads and compilation, as asked or as the hardware has them."""
-    device = choose_device(settings.device, local_rank)
+    device = choose_device(settings.device, local_rank, local_processes)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     threads = settings.threads or max(1, available_cores() // local_processes)
     torch.set_num_threads(threads)
     # Who names fp32 gets it in full; elsewhere TF32 may serve the products that autocast leaves in fp32.
@@ -63,8 +66,9 @@ def build_runtime(settings: Settings, *, local_rank: int = 0, local_processes: i
             "products in the usual format instead"
         )
     wanted = settings.compile == "true" or (settings.compile == "auto" and compile_pays(settings, device))
-    if wanted and not can_compile():
-        notes.append("no C++ compiler was found, so the model runs uncompiled: the same results, slower steps")
+    if wanted and not can_compile(device):
+        missing = "no C++ compiler was found" + (", or no Triton for this GPU" if device.type == "cuda" else "")
+        notes.append(f"{missing}, so the model runs uncompiled: the same results, slower steps")
         wanted = False
     if wanted and device.type == "cpu":
         # Threads of compiled code add gradients up in any order otherwise: a resumed run would differ in the last bits.
@@ -94,9 +98,10 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def choose_device(wanted: str, local_rank: int = 0) -> torch.device:
-    """The device asked for, or the fastest kind at hand."""
-    has = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+def choose_device(wanted: str, local_rank: int = 0, processes: int = 1) -> torch.device:
+    """The device asked for, or the fastest kind at hand; mps is for a single process, for gloo cannot reach it."""
+    alone = processes == 1
+    has = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": alone and torch.backends.mps.is_available()}
     if wanted != "auto":
         if not has[wanted]:
             here = ", ".join(name for name, there in has.items() if there)
@@ -110,7 +115,6 @@ def choose_device(wanted: str, local_rank: int = 0) -> torch.device:
             f"nproc: process {local_rank} has no GPU of its own ({torch.cuda.device_count()} here); "
             "lower nproc or use device = cpu"
         )
-    torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
 
 
@@ -165,8 +169,10 @@ def compile_pays(settings: Settings, device: torch.device) -> bool:
     return (settings.max_iters or COMPILE_PAYS_STEPS) >= COMPILE_PAYS_STEPS
 
 
-def can_compile() -> bool:
-    """Whether torch.compile finds the C++ compiler that it needs."""
+def can_compile(device: torch.device) -> bool:
+    """Whether torch.compile finds the C++ compiler that it needs, and on a GPU Triton (from Volta on)."""
+    if device.type == "cuda" and (not find_spec("triton") or torch.cuda.get_device_capability(device) < (7, 0)):
+        return False
     names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++", "c++", "cl"]
     return sys.platform != "win32" and any(shutil.which(name) for name in names)
 

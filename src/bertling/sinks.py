@@ -4,13 +4,14 @@ import io
 import netrc
 import os
 import platform
+import secrets
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from bertling.files import BertlingError
+from bertling.files import BertlingError, atomic_write
 
 
 class EventFile:
@@ -48,7 +49,10 @@ class EventFile:
 
 
 def start_wandb(folder: Path, run_name: str, settings: dict[str, Any]) -> Any:
-    """Start a Weights & Biases run; offline without an API key, so that it never asks for a login."""
+    """Start a Weights & Biases run, or go on with it; offline without an API key, so that it never asks for a login.
+
+    Whoever logs to it gives the training's `step` among the values: W&B's own count could not go back.
+    """
     try:
         import wandb
     except ImportError as error:
@@ -57,10 +61,16 @@ def start_wandb(folder: Path, run_name: str, settings: dict[str, Any]) -> Any:
     folder.mkdir(parents=True, exist_ok=True)
     project = os.environ.get("WANDB_PROJECT", "bertling")
     quiet = wandb.Settings(silent=True)
+    known = folder / "logs" / "wandb-id"
+    name = known.read_text().strip() if known.exists() else secrets.token_hex(4)
+    where = {"project": project, "name": run_name, "id": name, "resume": "allow", "dir": str(folder), "mode": mode}
     try:
-        return wandb.init(project=project, name=run_name, config=settings, dir=str(folder), mode=mode, settings=quiet)
+        run = wandb.init(**where, config=settings, settings=quiet)
+        run.define_metric("*", step_metric="step")
     except Exception as error:
         raise BertlingError(f"wandb: it did not start ({error}); set WANDB_MODE=offline, or wandb = false") from error
+    atomic_write(known, name)
+    return run
 
 
 def has_wandb_key() -> bool:

@@ -21,8 +21,8 @@ from bertling.runtime import Runtime
 from bertling.samples import Samples, unigram_floors
 from bertling.tokenizer import Tokenizer
 
-EVAL_BATCH = 64
-"""Rows in a forward pass of an evaluation; the figures do not depend on it."""
+EVAL_BATCH, EVAL_TOKENS = 64, 1 << 15
+"""Most rows, and most tokens, in a forward pass of an evaluation; the figures do not depend on it."""
 
 
 class EvalMasks(NamedTuple):
@@ -101,7 +101,7 @@ class MaskedLMTask:
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         loss: Tensor = model(
-            batch.input_ids, batch.attention_mask, positions=batch.positions, labels=batch.labels
+            batch.input_ids, batch.attention_mask, wanted=batch.positions, labels=batch.labels
         ).loss_sum
         return loss
 
@@ -123,7 +123,7 @@ class MaskedLMTask:
         with torch.inference_mode(), runtime.autocast():
             on_device = batch.to(runtime.device)
             logits: Tensor = model.forward(
-                on_device.input_ids, on_device.attention_mask, positions=on_device.positions
+                on_device.input_ids, on_device.attention_mask, wanted=on_device.positions
             )  # [M, V]
         model.train()
         used = batch.labels != -100
@@ -170,6 +170,11 @@ def mlm_floors(train: Sequence[Samples], scored: Samples, tokenizer: Tokenizer) 
     return {"floor/unigram": floors.accuracy, "floor_loss/unigram": floors.cross_entropy}
 
 
+def evaluation_rows(seq_len: int) -> int:
+    """Rows of this length in a forward pass of an evaluation."""
+    return max(1, min(EVAL_BATCH, EVAL_TOKENS // seq_len))
+
+
 def evaluate_masked_lm(
     model: nn.Module, samples: Samples, tokenizer: Tokenizer, runtime: Runtime, ranks: Ranks | None = None
 ) -> dict[str, float]:
@@ -178,13 +183,18 @@ def evaluate_masked_lm(
     model.eval()
     totals = torch.zeros(3, dtype=torch.float64)
     for batch in batches.evaluation_batches(
-        samples, tokenizer, batch_size=EVAL_BATCH, **EVAL_MASKS._asdict(), rank=ranks.rank, world_size=ranks.world_size
+        samples,
+        tokenizer,
+        batch_size=evaluation_rows(samples.seq_len),
+        **EVAL_MASKS._asdict(),
+        rank=ranks.rank,
+        world_size=ranks.world_size,
     ):
         on_device = batch.to(runtime.device)
         with torch.inference_mode(), runtime.autocast():
             # forward, not the call: an evaluation is over before compiling it would have paid.
             output = model.forward(
-                on_device.input_ids, on_device.attention_mask, positions=on_device.positions, labels=on_device.labels
+                on_device.input_ids, on_device.attention_mask, wanted=on_device.positions, labels=on_device.labels
             )
         totals += torch.tensor([output.loss_sum.item(), output.correct.item(), batch.count], dtype=torch.float64)
     model.train()
@@ -245,7 +255,7 @@ def classification_floors(train: LabelledTexts, dev: LabelledTexts) -> dict[str,
 
 def classifier_batches(dev: LabelledTexts, tokenizer: Tokenizer, seq_len: int) -> list[PlacedBatch]:
     """All texts of a set, tokenized once for any number of evaluations."""
-    return labelled.evaluation_batches(dev, tokenizer, batch_size=EVAL_BATCH, seq_len=seq_len)
+    return labelled.evaluation_batches(dev, tokenizer, batch_size=evaluation_rows(seq_len), seq_len=seq_len)
 
 
 def evaluate_classifier(

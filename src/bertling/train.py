@@ -13,7 +13,7 @@ from bertling.budget import Moment, due, moment, needs_clock, total_steps
 from bertling.checkpoint import TrainingState, load_checkpoint, load_state, newest_intact, save_checkpoint
 from bertling.distributed import Ranks
 from bertling.faults import floor_warning, stays_on_the_floor, stop_requests
-from bertling.files import BertlingError, is_disk_full, skipped_on_full_disk, write_json
+from bertling.files import BertlingError, skipped_on_full_disk, write_json
 from bertling.illustrate import to_svg
 from bertling.int8 import use_int8
 from bertling.model import BertEncoder
@@ -28,7 +28,7 @@ LOG_POINTS = 200
 BAD_STEPS, LOWER_RATE = 5, 0.5
 """So many steps in a row without a finite loss and gradient send the run back, to go on at this share of the rate."""
 FAILED_SAVES, RETRY_SECONDS = 3, 10
-"""So many checkpoints in a row that a full disk refused end the run; at its end, a new try every so many seconds."""
+"""So many checkpoints in a row that the disk refused end the run; at its end, a new try every so many seconds."""
 
 
 @dataclass(frozen=True)
@@ -100,20 +100,25 @@ class Trainer:
                 self.evaluate(log, 0.0)
                 self.save(log)  # from here on a killed run can be resumed
             now = self.moment()
+            evaluate = save = False
             while now.progress < 1.0 and not self.ranks.any(stop()):  # all stop at the same step, or all hang
                 loss = self.train_step(now.progress)
                 self.step += 1
                 self.log_step(log, loss)
                 if len(self.bad_steps) >= BAD_STEPS:
                     self.go_back(log)
-                    now = self.moment()
+                    now, evaluate, save = self.moment(), False, False
                     continue
                 before, now = now, self.moment()
-                evaluate, save = due(self.settings, before, now)
+                due_now = due(self.settings, before, now)
+                evaluate, save = evaluate or due_now[0], save or due_now[1]
+                if self.bad_steps:
+                    continue  # what is due waits for a good step
                 if evaluate:
                     self.evaluate(log, now.progress)
-                if (save or self.best_step == self.step) and not self.bad_steps and self.saved_step != self.step:
+                if (save or self.best_step == self.step) and self.saved_step != self.step:
                     self.save(log)
+                evaluate = save = False
             return self.finish(log, done=now.progress >= 1.0)
 
     def clock(self) -> float:
@@ -213,7 +218,8 @@ class Trainer:
         """Back to the last good checkpoint, once, to go on at a lower rate; the second time the run ends."""
         report = self.run / "nonfinite.json"
         if self.ranks.first:
-            write_json(report, {"seed": self.settings.seed, "steps": self.bad_steps})
+            with skipped_on_full_disk():
+                write_json(report, {"seed": self.settings.seed, "steps": self.bad_steps})
         what = f"no finite loss and gradient in steps {self.bad_steps[0]['step']:,} to {self.bad_steps[-1]['step']:,}"
         if self.rate < 1.0:
             raise BertlingError(
@@ -284,7 +290,7 @@ class Trainer:
     def save(self, log: RunLog) -> None:
         """Write a checkpoint; it is the best one if the evaluation of this very step was the best so far.
 
-        A full disk does not end the run: the checkpoint before is whole, and the next one may find room.
+        A disk that is full, or fails, does not end the run: the checkpoint before is whole, and the next may succeed.
         """
         recent, trouble = self.recent().tolist(), None
         if self.ranks.first:
@@ -299,7 +305,7 @@ class Trainer:
                     keep=self.settings.max_checkpoints,
                 )
             except BertlingError as error:
-                if not is_disk_full(error):
+                if not isinstance(error.__cause__, OSError):
                     raise
                 trouble = error
         if not self.ranks.any(trouble is not None):
@@ -307,13 +313,14 @@ class Trainer:
             self.saved_best = self.best_accuracy, self.best_step
             return
         if self.saved_step < 0:
-            raise BertlingError(str(trouble or f"{self.run}: the disk is full: free some space")) from trouble
+            raise BertlingError(str(trouble or f"{self.run}: its first checkpoint could not be written")) from trouble
         self.failed_saves += 1
         self.best_accuracy, self.best_step = self.saved_best  # what could not be kept is no best
         if self.failed_saves == FAILED_SAVES:
             raise BertlingError(
-                f"{self.run}: stopped at step {self.step:,}: {self.failed_saves} checkpoints in a row found the disk "
-                f"full; the one of step {self.saved_step:,} is whole: free some space, then go on with --cp {self.run}"
+                f"{self.run}: stopped at step {self.step:,}: {self.failed_saves} checkpoints in a row could not be "
+                f"written ({trouble or 'by the first process'}); the one of step {self.saved_step:,} is whole: see to "
+                f"the disk, then go on with --cp {self.run}"
             )
         log.line(f"warning: step {self.step:,} could not be saved ({trouble}); the checkpoint before it is whole")
 
