@@ -201,12 +201,16 @@ def test_sst2_files(tmp_path: Path) -> None:
     (tmp_path / "datasets").mkdir()
     for split in ("train", "test"):
         (tmp_path / "datasets" / f"{split}-00000-of-00001.parquet").touch()
-    with pytest.raises(BertlingError, match=r"validation-00000-of-00001\.parquet: missing; place SST-2's train"):
+    with pytest.raises(BertlingError, match=r"validation-00000-of-00001\.parquet: missing; fetch it by 'bertling"):
         labelled.sst2_files(tmp_path)
     (tmp_path / "datasets" / "validation-00000-of-00001.parquet").touch()
     assert list(labelled.sst2_files(tmp_path)) == ["train", "validation", "test"]
     (tmp_path / "datasets" / "test-00000-of-00001.parquet").unlink()
     assert list(labelled.sst2_files(tmp_path)) == ["train", "validation"]
+    (tmp_path / "datasets").rename(tmp_path / "data")
+    (tmp_path / "datasets" / "sst2").mkdir(parents=True)
+    (tmp_path / "data").rename(tmp_path / "datasets" / "sst2" / "data")  # as a download leaves them
+    assert labelled.sst2_files(tmp_path)["train"].parent == tmp_path / "datasets" / "sst2" / "data"
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="the real data is not here")

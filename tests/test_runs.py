@@ -388,6 +388,56 @@ def test_the_same_run_id_under_another_base_dir_starts_anew_too(
     assert train_mlm(cp=stopped, base_dir=work, run_id="run0").run == stopped
 
 
+def test_whoever_names_another_run_is_told_that_the_settings_stay_behind(stopped: Path) -> None:
+    note = resolve_start("pretrain", [], {"run_id": "anew"}, cp=stopped, resume=False).notes[0]
+    assert all(words in note for words in (str(stopped), "none of its settings", "leave out --run-id"))
+    assert resolve_start("pretrain", [], {"run_id": stopped.name}, cp=stopped, resume=False).notes == ()
+
+
+def test_a_new_run_begins_with_a_checkpoint_and_not_with_a_link_to_one(stopped: Path) -> None:
+    start = resolve_start("pretrain", [], {"run_id": "anew"}, cp=stopped, resume=False)
+    assert start.checkpoint == (stopped / "checkpoints" / "best").resolve()
+
+
+@pytest.mark.parametrize("name", ["best", "step-lr"])
+def test_a_run_may_be_called_like_a_checkpoint(name: str, train_mlm: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = cut_off(train_mlm, monkeypatch, run_id=name, max_iters=4, val_interval=2)
+    assert (run.name, train_mlm(cp=run).step) == (name, 4)
+
+
+def test_a_run_finds_its_data_in_a_folder_below(train_mlm: Train, work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree((work / "datasets").resolve(), work / "elsewhere" / "datasets" / "wiki")
+    patterns = {"dataset_pattern": "wiki/train_*", "val_dataset_pattern": "wiki/val_*"}
+    where = {"base_dir": work / "elsewhere", "vocab": work / "vocab"}
+    run = cut_off(train_mlm, monkeypatch, max_iters=4, val_interval=2, **patterns, **where)
+    (work / "elsewhere").rename(work / "moved")
+    assert train_mlm(cp=work / "moved" / "runs" / run.name, base_dir=work / "moved").step == 4
+
+
+def test_word_vectors_of_a_checkpoint_are_kept_and_that_is_said(train_mlm: Train, stopped: Path) -> None:
+    said: list[str] = []
+    train_mlm(cp=stopped, run_id="anew", max_iters=1, word_vectors="counts", say=said.append)
+    assert "note: word-vectors = counts is for fresh weights; the checkpoint keeps its own" in said
+
+
+def test_folders_of_all_seeds_must_be_free(train_classifier: Classify, work: Path) -> None:
+    taken = work / "runs" / "mine-seed124" / "checkpoints" / "step-0000000"
+    taken.mkdir(parents=True)
+    with pytest.raises(BertlingError, match="mine-seed124: exists already"):
+        train_classifier(from_scratch=True, run_id="mine", seeds=2, seed=123, max_iters=1)
+    assert folders(work) == ["mine-seed124"]
+
+
+def test_a_fine_tuning_with_another_vocabulary_is_refused(
+    train_classifier: Classify, stopped: Path, work: Path
+) -> None:
+    words = (work / "vocab" / "vocab.txt").read_text().splitlines()
+    (work / "other").mkdir()
+    (work / "other" / "vocab.txt").write_text("\n".join([*words[:5], *reversed(words[5:])]) + "\n")
+    with pytest.raises(BertlingError, match="a checkpoint's vocabulary wins; leave vocab out"):
+        train_classifier(cp=stopped, vocab=work / "other")
+
+
 def test_a_finished_run_names_the_limit_that_it_has_reached(train_mlm: Train) -> None:
     run = train_mlm(max_iters=2).run
     with pytest.raises(BertlingError, match=r"is finished: it has done 2 of max-iters = 2; raise --max-iters"):

@@ -259,7 +259,7 @@ def test_settings_come_back_from_their_own_file(tmp_path: Path, command: str, te
     assert resolve("pretrain", [write(tmp_path, Settings().to_ini())], {})[0] == Settings()
 
 
-@pytest.mark.parametrize("value", ["run # 3", "a\nb"])
+@pytest.mark.parametrize("value", ["run # 3", "a\nb", "#3", "a\t#3"])
 def test_a_flag_that_a_settings_file_could_not_hold_is_refused(value: str) -> None:
     with pytest.raises(BertlingError, match=r"command line: case = \S+ ?.*: a value holds no line end, and no '#'"):
         parse_settings({"case": value})

@@ -28,12 +28,13 @@ from bertling.pretrain import (
     as_trained,
     check_architecture,
     check_frozen,
+    check_vocabulary,
     find_vocabulary,
     freeze,
     say_loaded,
     sized_config,
 )
-from bertling.runs import SEEDS_PLAN, Start, open_shared_run
+from bertling.runs import SEEDS_PLAN, Start, check_free, open_shared_run
 from bertling.runtime import Runtime, build_runtime
 from bertling.settings import Settings, settings_line
 from bertling.tasks import ClassificationTask, classification_floors, evaluate_classifier
@@ -167,6 +168,9 @@ def check_origin(start: Start, from_scratch: bool) -> None:
     if start.checkpoint is not None and from_scratch:
         raise BertlingError("--from-scratch and --cp exclude each other: give one of them")
     check_frozen(start)
+    plan = plan_of(start)
+    for number in range(plan.seeds) if start.run is None else ():
+        check_free(replace(start.settings, run_id=seed_run_id(plan, number)))
 
 
 def plan_of(start: Start) -> SeedPlan:
@@ -279,6 +283,7 @@ def build_classifier(start: Start, train: LabelledTexts, say: Say) -> tuple[Bert
         )
         assert isinstance(loaded.model, BertForSequenceClassification)
         check_architecture(loaded.model, settings, start.explicit)
+        check_vocabulary(settings, start.explicit, loaded.tokenizer)
         say_loaded(loaded, say)
         freeze(loaded.model, settings.freeze_blocks)
         return loaded.model, loaded.tokenizer

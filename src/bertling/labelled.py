@@ -157,14 +157,16 @@ def check_agree(train: LabelledTexts, other: LabelledTexts) -> LabelledTexts:
 
 
 def sst2_files(base_dir: Path) -> dict[str, Path]:
-    """SST-2's files in `<base_dir>/datasets`: train and validation must be there, test is named if it is."""
+    """SST-2's files in `<base_dir>/datasets`, or as downloaded to sst2 in there; test is named if it is there."""
     folder = base_dir / "datasets"
+    if (folder / "sst2" / "data").is_dir():
+        folder = folder / "sst2" / "data"
     files = {split: folder / f"{split}-00000-of-00001.parquet" for split in ("train", "validation", "test")}
     for split in ("train", "validation"):
         if not files[split].is_file():
             raise BertlingError(
-                f"{files[split]}: missing; place SST-2's train-00000-of-00001.parquet and "
-                f"validation-00000-of-00001.parquet (columns sentence, label) in {folder}, or name your own files"
+                f"{files[split]}: missing; fetch it by 'bertling download sst2 -o {base_dir / 'datasets' / 'sst2'}', "
+                "or name your own files by --train-input and --val-input"
             )
     return {split: path for split, path in files.items() if path.is_file()}
 

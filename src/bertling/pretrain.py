@@ -19,9 +19,9 @@ from bertling.distributed import Ranks
 from bertling.files import BertlingError
 from bertling.model import BertEncoder, BertForMaskedLM, Block, count_parameters
 from bertling.presets import ModelConfig, preset_config
-from bertling.runs import Start, open_shared_run
+from bertling.runs import Start, data_names, data_paths, open_shared_run
 from bertling.runtime import Runtime, build_runtime
-from bertling.samples import Samples, match_samples, open_samples
+from bertling.samples import Samples, open_samples
 from bertling.settings import Settings, key_of, settings_line
 from bertling.tasks import MaskedLMTask
 from bertling.tokenizer import Tokenizer
@@ -54,6 +54,7 @@ def pretrain(start: Start, say: Say) -> Outcome:
             model = fresh_model(settings, data, ranks)
         prepared = time.perf_counter() - began
         task = masked_lm_task(settings, data)
+        task.data = data_names(settings.base_dir, [*data.train, data.val])
         settings = as_trained(start, model.config, task.train.seq_len)
         say(settings_line(settings, "pretrain"))
         introduce(model, task, data, settings, runtime, ranks, say)
@@ -195,6 +196,8 @@ def starting_model(start: Start, say: Say) -> tuple[BertForMaskedLM | None, Toke
     assert isinstance(loaded.model, BertForMaskedLM)
     check_architecture(loaded.model, start.settings, start.explicit)
     say_loaded(loaded, say)
+    if start.run is None and start.settings.word_vectors == "counts":
+        say("note: word-vectors = counts is for fresh weights; the checkpoint keeps its own")
     freeze(loaded.model, start.settings.freeze_blocks)
     return loaded.model, loaded.tokenizer
 
@@ -252,24 +255,6 @@ def check_architecture(model: BertEncoder, settings: Settings, explicit: frozens
             )
 
 
-def data_paths(start: Start) -> tuple[list[Path], list[Path]]:
-    """What the patterns name to train and to evaluate on; a run that goes on has its own data, whatever came since."""
-    settings = start.settings
-    known = start.state.numbers.get("data") if start.state else None
-    if known:
-        *trained, scored = (settings.base_dir / "datasets" / str(name) for name, _ in known)
-        for path in (*trained, scored):
-            if not path.exists():
-                raise BertlingError(
-                    f"{path}: is gone, and the run {start.run} was trained on it; put it back, or start a new run from "
-                    "its weights with a new --run-id"
-                )
-        return trained, [scored]
-    patterns = (settings.dataset_pattern, settings.val_dataset_pattern)
-    train, val = (match_samples(settings.base_dir, pattern) for pattern in patterns)
-    return train, val
-
-
 def load_data(start: Start, tokenizer: Tokenizer | None, say: Say) -> MaskedLMData:
     """Open the prepared data, and check that all of it fits together."""
     settings, explicit = start.settings, start.explicit
@@ -289,12 +274,17 @@ def load_data(start: Start, tokenizer: Tokenizer | None, say: Say) -> MaskedLMDa
         )
     if tokenizer is None:
         return MaskedLMData(train, val, find_vocabulary(settings, train[0].path))
+    check_vocabulary(settings, explicit, tokenizer)
+    return MaskedLMData(train, val, tokenizer)
+
+
+def check_vocabulary(settings: Settings, explicit: frozenset[str], tokenizer: Tokenizer) -> None:
+    """An explicit vocabulary other than the checkpoint's is an error."""
     if "vocab" in explicit and find_vocabulary(settings).fingerprint != tokenizer.fingerprint:
         raise BertlingError(
             f"vocab = {settings.vocab}: the checkpoint has another vocabulary, and a checkpoint's vocabulary wins; "
             "leave vocab out"
         )
-    return MaskedLMData(train, val, tokenizer)
 
 
 def find_vocabulary(settings: Settings, data: Path | None = None) -> Tokenizer:

@@ -20,10 +20,12 @@ from bertling.checkpoint import (
 from bertling.console import is_first
 from bertling.distributed import Ranks
 from bertling.files import BertlingError, atomic_write, locked, read_json, readable_errors, sweep, write_json
+from bertling.samples import Samples, match_samples
 from bertling.settings import COMMANDS, Settings, key_of, read_ini, resolve
 
 SEEDS_PLAN = "seeds.json"
 """In a run that is one seed of several: which seeds there are to be, and the runs that are done."""
+GO_ON = "to go on with that run itself, leave out --run-id and --base-dir"
 # What a run is: a resumed one keeps it.
 FIXED = (
     "preset size d_model n_layers heads local_attention word_vectors dropout seq_len batch_size mlm_probability "
@@ -70,9 +72,10 @@ def resolve_start(
         return Start(*resolve(command, files, flags))
     run = run_meant(cp)
     if run is None or COMMANDS.get(str(read_json(run / "run.json", "run description").get("task"))) != command:
-        return Start(*resolve(command, files, flags), checkpoint=find_checkpoint(cp, "best"))
+        return Start(*resolve(command, files, flags), checkpoint=best_of(cp))
     if not is_named(run, flags.get("run_id"), flags.get("base_dir")):
-        return Start(*resolve(command, files, flags), checkpoint=find_checkpoint(cp, "best"))
+        notes = [f"a new run, which takes over the weights of {run} and none of its settings; {GO_ON}"]
+        return Start(*resolve(command, files, flags), checkpoint=best_of(cp), notes=tuple(notes))
     flags = flags_left(run, flags)
     check_idle(run)
     checkpoint, faults = checkpoint_meant(cp, run)
@@ -86,15 +89,21 @@ def resolve_start(
     before, _ = resolve(command, [run / "config.ini"], {})
     for name in FIXED:
         if getattr(settings, name) != getattr(before, name):
+            was = seeds_plan(run).get(name, getattr(before, name))
             raise BertlingError(
-                f"{key_of(name)} = {getattr(settings, name)}: the run {run} was started with "
-                f"{getattr(before, name)} and keeps it; leave it out, or start a new run from its "
-                "weights with a new --run-id"
+                f"{key_of(name)} = {getattr(settings, name)}: the run {run} was started with {was} and keeps it; "
+                "leave it out, or start a new run from its weights with a new --run-id"
             )
     if read_json(run / "run.json", "run description").get("finished") and not seeds_left(run):
         check_longer(run, settings, before, flags, state)
     # The run's file holds defaults too: explicit is what was given now.
     return Start(settings, frozenset(flags), run, checkpoint, state, tuple(notes))
+
+
+def best_of(cp: Path) -> Path:
+    """The checkpoint to begin a new run from; itself, not `best`, which a training that goes on would move."""
+    found = find_checkpoint(cp, "best")
+    return found.resolve() if found.is_symlink() else found
 
 
 def is_named(run: Path, run_id: str | None, base_dir: Path | None = None) -> bool:
@@ -142,7 +151,7 @@ def run_meant(cp: Path) -> Path | None:
 
 def checkpoint_meant(cp: Path, run: Path) -> tuple[Path, list[str]]:
     """The intact checkpoint to go on from, and what is wrong with newer ones; a step folder, or best, means itself."""
-    if cp.name == "best" or cp.name.startswith("step-"):
+    if cp.parent.name == "checkpoints" and (cp.name == "best" or cp.name.startswith("step-")):
         verify(cp, ours=True)
         return cp, []
     return newest_intact(run / "checkpoints")
@@ -156,6 +165,30 @@ def mend_record(run: Path, state: TrainingState) -> list[str]:
         atomic_write(run / "config.ini", str(state.numbers.get("settings")))
         return [f"{error}: restored from the checkpoint"]
     return []
+
+
+def data_names(base_dir: Path, data: Sequence[Samples]) -> list[tuple[str, int]]:
+    """What a run remembers of its data: paths under the work folder's datasets/, and rows."""
+    below = base_dir / "datasets"
+    return [(os.path.relpath(samples.path, below), samples.rows) for samples in data]
+
+
+def data_paths(start: Start) -> tuple[list[Path], list[Path]]:
+    """What the patterns name to train and to evaluate on; a run that goes on has its own data, whatever came since."""
+    settings = start.settings
+    known = start.state.numbers.get("data") if start.state else None
+    if known:
+        *trained, scored = (settings.base_dir / "datasets" / str(name) for name, _ in known)
+        for path in (*trained, scored):
+            if not path.exists():
+                raise BertlingError(
+                    f"{path}: is gone, and the run {start.run} was trained on it; put it back, or start a new run from "
+                    "its weights with a new --run-id"
+                )
+        return trained, [scored]
+    patterns = (settings.dataset_pattern, settings.val_dataset_pattern)
+    train, val = (match_samples(settings.base_dir, pattern) for pattern in patterns)
+    return train, val
 
 
 def check_idle(run: Path) -> None:

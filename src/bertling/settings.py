@@ -78,7 +78,7 @@ class Settings:
         0, "with --cp: keep the embeddings and so many of the lowest blocks as they are; 0: train all", minimum=0
     )
     word_vectors: Literal["random", "counts"] = setting(
-        "random", "how fresh weights begin; counts: words by their neighbours, and heads look there", only="pretrain"
+        "random", "fresh weights; counts: word vectors and first looks from counts of neighbours", only="pretrain"
     )
 
     # data
@@ -167,7 +167,7 @@ class Settings:
         "number format of the matrix products; auto: bf16 where it is the faster one (GPUs; CPUs with AMX, AMD's "
         "with AVX512-BF16); int8: in training, of the hidden ones, on CPUs with VNNI but no AMX",
     )
-    compile: Literal["auto", "true", "false"] = setting("auto", "torch.compile; auto: for runs long enough to pay")
+    compile: Literal["auto", "true", "false"] = setting("auto", "torch.compile; auto: long pre-training on a GPU")
     fused_adamw: bool = setting(True, "AdamW in one fused kernel")
     async_to_device: bool = setting(True, "pinned, non-blocking copies to the device")
     threads: int | None = setting(None, "CPU threads of each process; unset: the cores, shared out", minimum=1)
@@ -286,9 +286,9 @@ def parse_value(item: dataclasses.Field[Any], text: str, where: str) -> Any:
     """Turn an INI value or a flag's text into the field's type, within its limits."""
     kind, choices = accepted(item)
     name, text = f"{where}: {key_of(item.name)} = {' '.join(text.split())}", text.strip()
-    if "\n" in text or " #" in text:
+    if "\n" in text or re.search(r"(^|\s)#", text):
         # The run's config.ini could not give it back.
-        raise BertlingError(f"{name}: a value holds no line end, and no '#' behind a space")
+        raise BertlingError(f"{name}: a value holds no line end, and no '#' at its beginning or behind a space")
     if choices:
         if text.lower() not in choices:
             near = difflib.get_close_matches(text.lower(), choices, n=1)
