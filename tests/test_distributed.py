@@ -208,7 +208,7 @@ def no_launch(monkeypatch: pytest.MonkeyPatch) -> None:
         (["pretrain", "--batch-size", "1"], "batch-size = 1 is less than one row for each of the 2 processes"),
         (["pretrain", "--cp", "nowhere"], "nowhere: no such folder"),
         (["finetune"], "--cp: name the checkpoint to fine-tune"),
-        (["finetune", "--from-scratch"], "validation-00000-of-00001.parquet"),
+        (["finetune", "--from-scratch"], "train-00000-of-00001.parquet"),
         (["finetune", "--from-scratch", "--train-input", "one.tsv", "--val-input", "one.tsv"], "all labels are of one"),
     ],
 )
