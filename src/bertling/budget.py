@@ -43,16 +43,20 @@ def needs_clock(settings: Settings) -> bool:
 
 
 def due(settings: Settings, before: Moment, now: Moment) -> tuple[bool, bool]:
-    """Whether to evaluate and to save after a step: at the intervals asked for, else at each tenth of the run.
+    """Whether an evaluation and a save fell due between two moments: at the intervals asked for, else at each tenth.
 
     At the end neither is: the end of the run does both.
     """
     if now.progress >= 1.0:
         return False, False
     tenth = math.floor(EVALUATIONS * now.progress) > math.floor(EVALUATIONS * before.progress)
-    evaluate = tenth if settings.val_interval is None else now.step % settings.val_interval == 0
+
+    def passed(interval: int) -> bool:
+        return now.step // interval > before.step // interval
+
+    evaluate = tenth if settings.val_interval is None else passed(settings.val_interval)
     if settings.save_steps is not None:
-        return evaluate, now.step % settings.save_steps == 0
+        return evaluate, passed(settings.save_steps)
     if settings.save_minutes is not None:
         every = 60 * settings.save_minutes
         return evaluate, math.floor(now.seconds / every) > math.floor(before.seconds / every)

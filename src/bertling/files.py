@@ -52,13 +52,18 @@ def readable_errors(path: Path) -> Iterator[None]:
         raise BertlingError(f"{path}: {hints.get(name, other)}") from error
 
 
+def is_of_disk(error: BertlingError) -> bool:
+    """Whether the system's refusal to read or write is behind an error."""
+    return isinstance(error.__cause__, OSError)
+
+
 @contextmanager
-def skipped_on_full_disk() -> Iterator[None]:
-    """Let something that can be done without be left out where the disk is full."""
+def skipped_where_disk_fails() -> Iterator[None]:
+    """Let something that can be done without be left out where the disk is full, or fails."""
     try:
         yield
     except BertlingError as error:
-        if not is_disk_full(error):
+        if not is_of_disk(error):
             raise
 
 

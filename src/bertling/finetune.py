@@ -162,7 +162,7 @@ def check_start(start: Start, *, from_scratch: bool) -> None:
 
 
 def check_origin(start: Start, from_scratch: bool) -> None:
-    """A fine-tuning starts from a checkpoint, unless asked not to."""
+    """A fine-tuning starts from a checkpoint, unless asked not to, and each of its seeds in a folder that is free."""
     if start.checkpoint is None and not from_scratch:
         raise BertlingError("--cp: name the checkpoint to fine-tune, or give --from-scratch to train without one")
     if start.checkpoint is not None and from_scratch:

@@ -54,7 +54,6 @@ def pretrain(start: Start, say: Say) -> Outcome:
             model = fresh_model(settings, data, ranks)
         prepared = time.perf_counter() - began
         task = masked_lm_task(settings, data)
-        task.data = data_names(settings.base_dir, [*data.train, data.val])
         settings = as_trained(start, model.config, task.train.seq_len)
         say(settings_line(settings, "pretrain"))
         introduce(model, task, data, settings, runtime, ranks, say)
@@ -69,8 +68,8 @@ def pretrain(start: Start, say: Say) -> Outcome:
 
 
 def masked_lm_task(settings: Settings, data: MaskedLMData) -> MaskedLMTask:
-    """What is trained, on what."""
-    return MaskedLMTask(
+    """What is trained, on what; data sets go by their paths under the work folder's datasets/."""
+    task = MaskedLMTask(
         data.train,
         data.val,
         data.tokenizer,
@@ -79,6 +78,8 @@ def masked_lm_task(settings: Settings, data: MaskedLMData) -> MaskedLMTask:
         mlm_probability=settings.mlm_probability,
         whole_words=settings.whole_word_masking,
     )
+    task.data = data_names(settings.base_dir, [*data.train, data.val])
+    return task
 
 
 def fresh_model(settings: Settings, data: MaskedLMData, ranks: Ranks) -> BertForMaskedLM:

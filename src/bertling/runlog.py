@@ -18,7 +18,7 @@ from bertling.files import (
     atomic_write,
     is_disk_full,
     readable_errors,
-    skipped_on_full_disk,
+    skipped_where_disk_fails,
     write_json,
 )
 from bertling.sinks import EventFile, start_wandb
@@ -26,7 +26,7 @@ from bertling.sinks import EventFile, start_wandb
 # The speed is taken over this many calls, so that compilation and slow first steps leave the forecast soon.
 SPEED_WINDOW = 200
 MOST_KEPT_BACK = 1 << 22
-"""Bytes for each file that wait for room on a full disk."""
+"""Bytes for each file that wait for a disk that is full, or fails."""
 STATUS_LINE = re.compile(r"(?:\d+% \| )?([\d,]+)(?:/[\d,]+)? \| e: ")
 
 
@@ -130,7 +130,7 @@ class RunLog:
         """Forget what was told of steps after `step`, which the run is about to do once more, and say why."""
         if not self._enabled:
             return
-        with skipped_on_full_disk():
+        with skipped_where_disk_fails():
             _cut_metrics(self._logs / "metrics.jsonl", step)
             _cut_log(self._logs / "log.txt", step)
         self._events.begin(step + 1)
@@ -139,7 +139,7 @@ class RunLog:
         self.line(why)
 
     def close(self) -> None:
-        """Stop the progress line and W&B; every file is complete already, if the disk had room. May be called twice."""
+        """Stop the progress line and W&B; every file is complete already, if the disk took it. May be called twice."""
         if not self._enabled:
             return
         for path in list(self._kept_back):
@@ -171,20 +171,19 @@ class RunLog:
             self._wandb.log({"step": step, **moving})
 
     def _append(self, path: Path, data: bytes) -> None:
-        """Add to a file without buffering, so that a killed run loses nothing; what a full disk refuses waits."""
+        """Add to a file without buffering, so that a killed run loses nothing; what the disk refuses waits."""
         first = not self._kept_back
         data = self._kept_back.pop(path, b"") + data
-        with readable_errors(path):
-            try:
-                with path.open("ab", buffering=0) as file:
-                    while data:
-                        data = data[file.write(data) :]
-            except OSError as error:
-                self._kept_back[path] = data[-MOST_KEPT_BACK:]
-                if first:
-                    why = "the disk is full" if is_disk_full(error) else error.strerror
-                    said = f"warning: {path}: {why}; what is logged waits until it can be written"
-                    self._console.print(said, markup=False, highlight=False, soft_wrap=True)
+        try:
+            with path.open("ab", buffering=0) as file:
+                while data:
+                    data = data[file.write(data) :]
+        except OSError as error:
+            self._kept_back[path] = data[-MOST_KEPT_BACK:]
+            if first:
+                why = "the disk is full" if is_disk_full(error) else error.strerror
+                said = f"warning: {path}: {why}; what is logged waits until it can be written"
+                self._console.print(said, markup=False, highlight=False, soft_wrap=True)
 
     def _forecast(self) -> tuple[float | None, float | None, float | None]:
         """Seconds a step, fraction done and seconds left, as far as they are known."""

@@ -25,7 +25,6 @@ from bertling.settings import COMMANDS, Settings, key_of, read_ini, resolve
 
 SEEDS_PLAN = "seeds.json"
 """In a run that is one seed of several: which seeds there are to be, and the runs that are done."""
-GO_ON = "to go on with that run itself, leave out --run-id and --base-dir"
 # What a run is: a resumed one keeps it.
 FIXED = (
     "preset size d_model n_layers heads local_attention word_vectors dropout seq_len batch_size mlm_probability "
@@ -74,8 +73,11 @@ def resolve_start(
     if run is None or COMMANDS.get(str(read_json(run / "run.json", "run description").get("task"))) != command:
         return Start(*resolve(command, files, flags), checkpoint=best_of(cp))
     if not is_named(run, flags.get("run_id"), flags.get("base_dir")):
-        notes = [f"a new run, which takes over the weights of {run} and none of its settings; {GO_ON}"]
-        return Start(*resolve(command, files, flags), checkpoint=best_of(cp), notes=tuple(notes))
+        note = (
+            f"a new run, which takes over the weights of {run} and none of its settings; to go on with that run "
+            "itself, leave out --run-id and --base-dir"
+        )
+        return Start(*resolve(command, files, flags), checkpoint=best_of(cp), notes=(note,))
     flags = flags_left(run, flags)
     check_idle(run)
     checkpoint, faults = checkpoint_meant(cp, run)

@@ -62,14 +62,14 @@ def start_wandb(folder: Path, run_name: str, settings: dict[str, Any]) -> Any:
     project = os.environ.get("WANDB_PROJECT", "bertling")
     quiet = wandb.Settings(silent=True)
     known = folder / "logs" / "wandb-id"
-    name = known.read_text().strip() if known.exists() else secrets.token_hex(4)
-    where = {"project": project, "name": run_name, "id": name, "resume": "allow", "dir": str(folder), "mode": mode}
+    same = known.read_text().strip() if known.exists() else secrets.token_hex(4)
+    where = {"project": project, "name": run_name, "id": same, "resume": "allow", "dir": str(folder), "mode": mode}
     try:
         run = wandb.init(**where, config=settings, settings=quiet)
         run.define_metric("*", step_metric="step")
     except Exception as error:
         raise BertlingError(f"wandb: it did not start ({error}); set WANDB_MODE=offline, or wandb = false") from error
-    atomic_write(known, name)
+    atomic_write(known, same)
     return run
 
 

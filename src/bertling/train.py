@@ -13,7 +13,7 @@ from bertling.budget import Moment, due, moment, needs_clock, total_steps
 from bertling.checkpoint import TrainingState, load_checkpoint, load_state, newest_intact, save_checkpoint
 from bertling.distributed import Ranks
 from bertling.faults import floor_warning, stays_on_the_floor, stop_requests
-from bertling.files import BertlingError, skipped_on_full_disk, write_json
+from bertling.files import BertlingError, is_of_disk, skipped_where_disk_fails, write_json
 from bertling.illustrate import to_svg
 from bertling.int8 import use_int8
 from bertling.model import BertEncoder
@@ -99,26 +99,24 @@ class Trainer:
             if self.evaluated_step < 0:
                 self.evaluate(log, 0.0)
                 self.save(log)  # from here on a killed run can be resumed
-            now = self.moment()
-            evaluate = save = False
+            now = seen_to = self.moment()  # until `seen_to`, what was due has been done
             while now.progress < 1.0 and not self.ranks.any(stop()):  # all stop at the same step, or all hang
                 loss = self.train_step(now.progress)
                 self.step += 1
                 self.log_step(log, loss)
                 if len(self.bad_steps) >= BAD_STEPS:
                     self.go_back(log)
-                    now, evaluate, save = self.moment(), False, False
+                    now = seen_to = self.moment()
                     continue
-                before, now = now, self.moment()
-                due_now = due(self.settings, before, now)
-                evaluate, save = evaluate or due_now[0], save or due_now[1]
+                now = self.moment()
                 if self.bad_steps:
                     continue  # what is due waits for a good step
+                evaluate, save = due(self.settings, seen_to, now)
+                seen_to = now
                 if evaluate:
                     self.evaluate(log, now.progress)
                 if (save or self.best_step == self.step) and self.saved_step != self.step:
                     self.save(log)
-                evaluate = save = False
             return self.finish(log, done=now.progress >= 1.0)
 
     def clock(self) -> float:
@@ -218,7 +216,7 @@ class Trainer:
         """Back to the last good checkpoint, once, to go on at a lower rate; the second time the run ends."""
         report = self.run / "nonfinite.json"
         if self.ranks.first:
-            with skipped_on_full_disk():
+            with skipped_where_disk_fails():
                 write_json(report, {"seed": self.settings.seed, "steps": self.bad_steps})
         what = f"no finite loss and gradient in steps {self.bad_steps[0]['step']:,} to {self.bad_steps[-1]['step']:,}"
         if self.rate < 1.0:
@@ -269,7 +267,7 @@ class Trainer:
         self.evaluated_step = self.step
         if self.ranks.first and (example := self.task.illustrate(self.model, self.runtime, self.turn)):
             log.illustration(example.plain, example.colour)
-            with skipped_on_full_disk():
+            with skipped_where_disk_fails():
                 to_svg(example, self.run / "example.svg")
         self.turn += 1
         loss, floor = self.metrics["eval/loss"], self.task.floors.get("floor_loss/unigram")
@@ -305,7 +303,7 @@ class Trainer:
                     keep=self.settings.max_checkpoints,
                 )
             except BertlingError as error:
-                if not isinstance(error.__cause__, OSError):
+                if not is_of_disk(error):
                     raise
                 trouble = error
         if not self.ranks.any(trouble is not None):

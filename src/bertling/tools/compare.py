@@ -15,7 +15,7 @@ from bertling.model import BertForMaskedLM
 from bertling.runtime import Runtime, build_runtime
 from bertling.samples import Samples, open_samples
 from bertling.settings import parse_settings
-from bertling.tasks import EVAL_BATCH, EVAL_MASKS, class_logits, classifier_batches
+from bertling.tasks import EVAL_MASKS, class_logits, classifier_batches, evaluation_rows
 from bertling.tools.evaluate import load_for, texts_for, trained_seq_len
 
 Counts = npt.NDArray[np.int64]
@@ -110,7 +110,8 @@ def right_tokens(loaded: Loaded, samples: Samples, runtime: Runtime) -> tuple[np
     """For every row which of its slots were answered rightly [N, S], and how many were asked [N]; frozen masks."""
     loaded.model.eval()
     right, asked = [], []
-    for batch in evaluation_batches(samples, loaded.tokenizer, batch_size=EVAL_BATCH, **EVAL_MASKS._asdict()):
+    rows = evaluation_rows(samples.seq_len)
+    for batch in evaluation_batches(samples, loaded.tokenizer, batch_size=rows, **EVAL_MASKS._asdict()):
         on_device = batch.to(runtime.device)
         with torch.inference_mode(), runtime.autocast():
             logits = loaded.model(on_device.input_ids, on_device.attention_mask, wanted=on_device.positions)
