@@ -278,6 +278,12 @@ def test_a_fault_of_the_program_keeps_its_traceback(tmp_path: Path, monkeypatch:
         bertling("vocab", "-i", TEXT, "-o", tmp_path)
 
 
+def test_a_rank_without_a_world_still_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setenv("RANK", "1")  # as some clusters set it in every container
+    assert bertling("summary", "--preset", "bert").out != ""
+
+
 def test_a_plot_that_cannot_be_drawn_is_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cli.draw([tmp_path])
     assert capsys.readouterr().err.startswith(f"warning: no plot: {tmp_path}")

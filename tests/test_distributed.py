@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -128,6 +129,17 @@ def test_a_signal_to_the_launcher_saves_and_can_be_resumed_by_one_process(
     step = state.numbers["step"]
     assert step in (max(losses(run)), max(losses(run)) + 1)
     assert train_mlm(cp=run, max_iters=step + 1, ddp=False).finished
+
+
+def test_a_port_in_use_is_one_line(work: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        command = [sys.executable, "-m", "bertling", "pretrain", "--ddp", "--nproc", "2"]
+        process = start([*command, *flags(base_dir=work, dist_master_port=port, **SHAPE, max_iters=2)], work)
+        _, err = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert err.splitlines()[-1].startswith("error: dist-master-port: the processes could not meet (")
+    assert "Traceback" not in err
 
 
 def test_a_signal_to_all_processes_saves_once(work: Path) -> None:
