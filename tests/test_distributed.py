@@ -142,6 +142,24 @@ def test_a_port_in_use_is_one_line(work: Path) -> None:
     assert "Traceback" not in err
 
 
+def test_a_process_that_is_killed_ends_the_others_in_one_line(work: Path) -> None:
+    shape = SHAPE | {"max_iters": 100_000}
+    command = [sys.executable, "-m", "bertling", "pretrain", "--ddp", "--nproc", "2"]
+    process = start([*command, *flags(base_dir=work, run_id="two", **shape)], work)
+    run = work / "runs" / "two"
+    deadline = time.monotonic() + 240
+    while not ((run / "logs" / "metrics.jsonl").exists() and losses(run)):
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(workers[-1]), signal.SIGKILL)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode not in (0, cli.STOPPED)
+    assert "Traceback" not in err
+    assert "error: another process of this training ended" in err
+
+
 def test_a_signal_to_all_processes_saves_once(work: Path) -> None:
     shape = SHAPE | {"batch_size": 512, "d_model": 128, "max_iters": 399}  # steps of half a second
     command = [sys.executable, "-m", "bertling", "pretrain", "--ddp", "--nproc", "2"]

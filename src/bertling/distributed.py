@@ -1,9 +1,10 @@
 """Several processes: who am I, sums over all of us, and the launch through torchrun."""
 
+import contextlib
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,7 +40,8 @@ class Ranks:
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum over all processes, in place."""
         if self.world_size > 1:
-            dist.all_reduce(tensor, group=self.control if tensor.device.type == "cpu" else None)
+            with together():
+                dist.all_reduce(tensor, group=self.control if tensor.device.type == "cpu" else None)
         return tensor
 
     def sum_gradients(self, model: nn.Module) -> None:
@@ -51,7 +53,8 @@ class Ranks:
             return
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         flat = torch.cat([g.reshape(-1) for g in gradients])
-        dist.all_reduce(flat)
+        with together():
+            dist.all_reduce(flat)
         for gradient, summed in zip(gradients, torch.split(flat, [g.numel() for g in gradients]), strict=True):
             gradient.copy_(summed.view_as(gradient))
 
@@ -60,7 +63,8 @@ class Ranks:
         if self.world_size == 1:
             return values
         tensor = torch.tensor(values, dtype=torch.float64)
-        dist.broadcast(tensor, src=0, group=self.control)
+        with together():
+            dist.broadcast(tensor, src=0, group=self.control)
         return [float(value) for value in tensor.tolist()]
 
     def text_from_first(self, text: str) -> str:
@@ -72,6 +76,18 @@ class Ranks:
     def any(self, flag: bool) -> bool:
         """Whether it is true on any process."""
         return bool(self.sum(torch.tensor(float(flag))) > 0)
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """Around what takes all processes: that another one ended is one line here, where it ended is the cause."""
+    try:
+        yield
+    except RuntimeError as error:  # gloo and NCCL have no kind of their own for it
+        reason = " ".join(str(error).split())[:200]
+        raise BertlingError(
+            f"another process of this training ended or does not answer; what it said last is the cause ({reason})"
+        ) from error
 
 
 def join(settings: Settings) -> Ranks:
