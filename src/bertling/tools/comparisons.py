@@ -170,24 +170,25 @@ class Bench:
             {f"DataLoader, {workers} workers": theirs(workers) for workers in (0, self.cores)},
         )
 
-    def finetune(self, batch: int = 32, steps: int = 50) -> Comparison:
-        """Steps of an epoch of BERT 6 x 768, each side sorting by length in its own way, against the Trainer.
+    def finetune(self, batch: int = 32, steps: int = 50, blocks: int = 6) -> Comparison:
+        """Steps of an epoch of BERT, 768 wide, against the Trainer, each side sorting by length in its own way.
 
         Both sort the texts of 50 batches together, the Trainer from long to short: fewer steps would show it only some.
         """
         vocab, data = self.vocabulary(), self.folder / "labelled.parquet"
         self.write_labelled(data, rows=(WARM_UP + steps) * batch)
+        shape = {"steps": steps, "batch": batch, "blocks": blocks}
 
         def side(name: str, **more: Any) -> Callable[[], float]:
             def run() -> float:
                 with tempfile.TemporaryDirectory(dir=self.folder) as output:
                     given = {"data": data, "vocab": vocab, "folder": output}
-                    return told(program(name, given, steps=steps, batch=batch, device=self.device, **more))
+                    return told(program(name, given, **shape, device=self.device, **more))
 
             return run
 
         return self.run(
-            f"fine-tune BERT 6 x 768, batches of {batch}, {steps} steps",
+            f"fine-tune BERT {blocks} x 768, batches of {batch}, {steps} steps",
             "sentences",
             steps * batch,
             {"bertling finetune": side("finetune_ours")},

@@ -98,10 +98,10 @@ def clocked(batches: Any, steps: int) -> dict[str, Any]:
 
 
 def finetune_theirs(
-    data: str, vocab: str, folder: str, steps: int, batch: int, device: str, best: bool
+    data: str, vocab: str, folder: str, steps: int, batch: int, blocks: int, device: str, best: bool
 ) -> dict[str, Any]:
-    """BERT 6 x 768 by the Trainer on its guide's way to classify texts; at its best in the faster number format, by
-    length, with fused AdamW."""
+    """BERT, 768 wide, by the Trainer on its guide's way to classify texts; at its best in the faster number format,
+    by length, with fused AdamW."""
     import torch
     import transformers
     from datasets import load_dataset
@@ -111,7 +111,7 @@ def finetune_theirs(
     tokenizer = stock_tokenizer(vocab)
     table = load_dataset("parquet", data_files=data, split="train", cache_dir=folder)
     table = table.map(lambda rows: tokenizer(rows["sentence"], truncation=True, max_length=128), batched=True)
-    shape = {"hidden_size": 768, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 3072}
+    shape = {"hidden_size": 768, "num_hidden_layers": blocks, "num_attention_heads": 12, "intermediate_size": 3072}
     model = transformers.BertForSequenceClassification(
         transformers.BertConfig(vocab_size=len(tokenizer), num_labels=max(table["label"]) + 1, **shape)
     )
@@ -139,7 +139,9 @@ def finetune_theirs(
     return {"seconds": times[-1] - times[WARM_UP - 1]}
 
 
-def finetune_ours(data: str, vocab: str, folder: str, steps: int, batch: int, device: str) -> dict[str, Any]:
+def finetune_ours(
+    data: str, vocab: str, folder: str, steps: int, batch: int, blocks: int, device: str
+) -> dict[str, Any]:
     """The same model as `bertling finetune` trains it, with an eye on the clock."""
     from bertling.finetune import finetune
     from bertling.runs import resolve_start
@@ -155,7 +157,7 @@ def finetune_ours(data: str, vocab: str, folder: str, steps: int, batch: int, de
 
     Trainer.train_step = watched  # type: ignore[method-assign]
     flags = {
-        "preset": "bert", "size": "base", "n_layers": 6, "vocab": Path(vocab), "train_input": Path(data),
+        "preset": "bert", "size": "base", "n_layers": blocks, "vocab": Path(vocab), "train_input": Path(data),
         "val_input": Path(f"{data}.dev.parquet"), "base_dir": Path(folder), "max_iters": WARM_UP + steps,
         "batch_size": batch, "val_interval": 10**6, "device": device,
     }  # fmt: skip
