@@ -66,6 +66,24 @@ def losses(run: Path) -> dict[int, float]:
     return {entry["step"]: entry["train/loss"] for entry in entries if "train/loss" in entry}
 
 
+def start_two(work: Path, shape: dict[str, Any], steps: int = 1) -> "tuple[subprocess.Popen[str], Path]":
+    """A training on two processes that has logged this many steps, and its run folder."""
+    command = [sys.executable, "-m", "bertling", "pretrain", "--ddp", "--nproc", "2"]
+    process = start([*command, *flags(base_dir=work, run_id="two", **shape)], work)
+    run = work / "runs" / "two"
+    deadline = time.monotonic() + 240
+    while not ((run / "logs" / "metrics.jsonl").exists() and len(losses(run)) >= steps):
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return process, run
+
+
+def workers(process: "subprocess.Popen[str]") -> list[int]:
+    """The processes that a launcher watches over."""
+    return [int(word) for word in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+
+
 def evaluations(run: Path) -> list[dict[str, float]]:
     keys = ("step", "eval/loss", "eval/accuracy", "floor/unigram")
     return [{key: entry[key] for key in keys if key in entry} for entry in read_metrics(run) if "eval/loss" in entry]
@@ -112,14 +130,7 @@ def test_a_signal_to_the_launcher_saves_and_can_be_resumed_by_one_process(
     work: Path, train_mlm: Callable[..., Outcome]
 ) -> None:
     shape = SHAPE | {"max_iters": 399, "max_minutes": 60.0}
-    command = [sys.executable, "-m", "bertling", "pretrain", "--ddp", "--nproc", "2"]
-    process = start([*command, *flags(base_dir=work, run_id="two", **shape)], work)
-    run = work / "runs" / "two"
-    deadline = time.monotonic() + 240
-    while not ((run / "logs" / "metrics.jsonl").exists() and len(losses(run)) >= 20):
-        assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    process, run = start_two(work, shape, steps=20)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=120)
     assert process.returncode == cli.STOPPED, err
@@ -144,16 +155,8 @@ def test_a_port_in_use_is_one_line(work: Path) -> None:
 
 def test_a_process_that_is_killed_ends_the_others_in_one_line(work: Path) -> None:
     shape = SHAPE | {"max_iters": 100_000}
-    command = [sys.executable, "-m", "bertling", "pretrain", "--ddp", "--nproc", "2"]
-    process = start([*command, *flags(base_dir=work, run_id="two", **shape)], work)
-    run = work / "runs" / "two"
-    deadline = time.monotonic() + 240
-    while not ((run / "logs" / "metrics.jsonl").exists() and losses(run)):
-        assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    os.kill(int(workers[-1]), signal.SIGKILL)
+    process, _ = start_two(work, shape)
+    os.kill(workers(process)[-1], signal.SIGKILL)
     _, err = process.communicate(timeout=120)
     assert process.returncode not in (0, cli.STOPPED)
     assert "Traceback" not in err
@@ -162,16 +165,8 @@ def test_a_process_that_is_killed_ends_the_others_in_one_line(work: Path) -> Non
 
 def test_a_signal_to_all_processes_saves_once(work: Path) -> None:
     shape = SHAPE | {"batch_size": 512, "d_model": 128, "max_iters": 399}  # steps of half a second
-    command = [sys.executable, "-m", "bertling", "pretrain", "--ddp", "--nproc", "2"]
-    process = start([*command, *flags(base_dir=work, run_id="two", **shape)], work)
-    run = work / "runs" / "two"
-    deadline = time.monotonic() + 240
-    while not ((run / "logs" / "metrics.jsonl").exists() and losses(run)):
-        assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    for number in [*map(int, workers), process.pid]:
+    process, run = start_two(work, shape)
+    for number in [*workers(process), process.pid]:
         os.kill(number, signal.SIGTERM)
     _, err = process.communicate(timeout=120)
     assert process.returncode == cli.STOPPED, err
@@ -205,17 +200,11 @@ def test_another_number_of_processes_goes_on_with_the_same_batches(
 
 def test_the_processes_die_with_a_launcher_that_is_killed(work: Path) -> None:
     shape = SHAPE | {"max_iters": 100_000, "save_every": "1000000"}
-    command = [sys.executable, "-m", "bertling", "pretrain", "--ddp", "--nproc", "2"]
-    process = start([*command, *flags(base_dir=work, run_id="two", **shape)], work)
-    run = work / "runs" / "two"
-    deadline = time.monotonic() + 240
-    while not ((run / "logs" / "metrics.jsonl").exists() and losses(run)):
-        assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    process, run = start_two(work, shape)
     assert in_progress(run)
     process.kill()
     process.wait()
+    deadline = time.monotonic() + 60
     while in_progress(run) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not in_progress(run)
