@@ -19,7 +19,7 @@ from bertling.distributed import Ranks
 from bertling.files import BertlingError
 from bertling.model import BertEncoder, BertForMaskedLM, Block, count_parameters
 from bertling.presets import ModelConfig, preset_config
-from bertling.runs import Start, data_names, data_paths, open_shared_run
+from bertling.runs import Start, data_paths, open_shared_run
 from bertling.runtime import Runtime, build_runtime
 from bertling.samples import Samples, open_samples
 from bertling.settings import Settings, key_of, settings_line
@@ -68,8 +68,8 @@ def pretrain(start: Start, say: Say) -> Outcome:
 
 
 def masked_lm_task(settings: Settings, data: MaskedLMData) -> MaskedLMTask:
-    """What is trained, on what; data sets go by their paths under the work folder's datasets/."""
-    task = MaskedLMTask(
+    """What is trained, on what."""
+    return MaskedLMTask(
         data.train,
         data.val,
         data.tokenizer,
@@ -77,9 +77,8 @@ def masked_lm_task(settings: Settings, data: MaskedLMData) -> MaskedLMTask:
         seed=settings.seed,
         mlm_probability=settings.mlm_probability,
         whole_words=settings.whole_word_masking,
+        data_folder=settings.base_dir / "datasets",
     )
-    task.data = data_names(settings.base_dir, [*data.train, data.val])
-    return task
 
 
 def fresh_model(settings: Settings, data: MaskedLMData, ranks: Ranks) -> BertForMaskedLM:

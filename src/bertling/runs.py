@@ -20,7 +20,7 @@ from bertling.checkpoint import (
 from bertling.console import is_first
 from bertling.distributed import Ranks
 from bertling.files import BertlingError, atomic_write, locked, read_json, readable_errors, sweep, write_json
-from bertling.samples import Samples, match_samples
+from bertling.samples import match_samples
 from bertling.settings import COMMANDS, Settings, key_of, read_ini, resolve
 
 SEEDS_PLAN = "seeds.json"
@@ -167,12 +167,6 @@ def mend_record(run: Path, state: TrainingState) -> list[str]:
         atomic_write(run / "config.ini", str(state.numbers.get("settings")))
         return [f"{error}: restored from the checkpoint"]
     return []
-
-
-def data_names(base_dir: Path, data: Sequence[Samples]) -> list[tuple[str, int]]:
-    """What a run remembers of its data: paths under the work folder's datasets/, and rows."""
-    below = base_dir / "datasets"
-    return [(os.path.relpath(samples.path, below), samples.rows) for samples in data]
 
 
 def data_paths(start: Start) -> tuple[list[Path], list[Path]]:

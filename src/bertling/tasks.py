@@ -3,7 +3,9 @@
 Shapes: B batch, T tokens, M masked slots, V vocabulary, L classes.
 """
 
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -75,7 +77,9 @@ class MaskedLMTask:
         seed: int,
         mlm_probability: float,
         whole_words: bool = False,
+        data_folder: Path | None = None,
     ) -> None:
+        """`data_folder`: a run remembers its data sets by their paths below it; without it by their names."""
         self.train = MaskedBatches(
             train,
             batch_size=batch_size,
@@ -88,7 +92,10 @@ class MaskedLMTask:
         self.val, self.tokenizer = val, tokenizer
         self.steps_per_epoch = self.train.steps_per_epoch
         self.floors = mlm_floors(train, val, tokenizer)
-        self.data = [(samples.path.name, samples.rows) for samples in (*train, val)]
+        self.data = [
+            (os.path.relpath(samples.path, data_folder or samples.path.parent), samples.rows)
+            for samples in (*train, val)
+        ]
 
     def micro_batches(self, step: int, *, rank: int, world_size: int, micro_batch_size: int) -> tuple[list[Batch], int]:
         return self.train.micro_batches(step, rank=rank, world_size=world_size, micro_batch_size=micro_batch_size)
