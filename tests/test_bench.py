@@ -51,7 +51,9 @@ def test_ratios_are_taken_round_by_round() -> None:
 def test_bench_against_the_stock_class(capfd: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("transformers")
     sized = bench.sized_workload
-    monkeypatch.setattr(bench, "sized_workload", lambda *words: replace(sized(*words), layers=1))  # soon compiled
+    monkeypatch.setattr(
+        bench, "sized_workload", lambda *words, **sizes: replace(sized(*words, **sizes), layers=1)
+    )  # soon compiled
     ended = bertling("bench", "--preset", "bert", "--against", "hf", *TINY, "--json")
     assert ended.status == 0, ended.err
     answer = json.loads(ended.out)

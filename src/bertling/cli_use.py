@@ -254,22 +254,23 @@ def bench(
     from bertling.tools.bench import bench as run_bench
     from bertling.tools.comparisons import COMPARISONS, Bench, compare
 
-    shape = {"size": size, "vocab-size": vocab_size, "batch-size": batch_size, "seq-len": seq_len}
-    for name, value in (shape | {"micro-batch-size": micro_batch_size}).items():
-        if preset is None and value is not None:
-            raise click.UsageError(f"--{name}: the step's own workloads have their sizes; name a --preset with it")
+    sizes: dict[str, Any] = {
+        "size": size,
+        "vocab_size": vocab_size,
+        "batch_size": batch_size,
+        "seq_len": seq_len,
+        "micro_batch_size": micro_batch_size,
+    }
+    sizes = {name: value for name, value in sizes.items() if value is not None}
+    if preset is None and sizes:
+        first = next(iter(sizes)).replace("_", "-")
+        raise click.UsageError(f"--{first}: the step's own workloads have their sizes; name a --preset with it")
     rows = rows or (("step",) if preset is not None else ("step", *COMPARISONS))
     with tempfile.TemporaryDirectory(prefix="bertling-bench-") as folder:
         where = Path(folder), against is not None, rounds, choose_device(device).type, available_cores(), say
         comparisons = compare([row for row in rows if row != "step"], Bench(*where, text, vocab, data))
         if "step" in rows:
-            workloads = WORKLOADS
-            if preset is not None:
-                workloads = (
-                    sized_workload(
-                        preset, size or "mini", vocab_size or 8192, batch_size or 64, seq_len or 128, micro_batch_size
-                    ),
-                )
+            workloads = WORKLOADS if preset is None else (sized_workload(preset, **sizes),)
             settings = vars(parse_settings({"device": device, "dtype": dtype, "compile": compiled}))
             given = {name: settings[name] for name in ("device", "dtype", "compile")}
             for workload in workloads:

@@ -36,7 +36,12 @@ WORKLOADS: tuple[Workload, ...] = (
 
 
 def sized_workload(
-    preset: str, size: str, vocab_size: int, batch_size: int, seq_len: int, micro_batch_size: int | None
+    preset: str,
+    size: str = "mini",
+    vocab_size: int = 8192,
+    batch_size: int = 64,
+    seq_len: int = 128,
+    micro_batch_size: int | None = None,
 ) -> Workload:
     """A workload by the names of preset and size."""
     config = preset_config(preset, size, vocab_size, max_position_embeddings=seq_len, pad_token_id=0)
