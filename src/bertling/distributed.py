@@ -14,7 +14,7 @@ from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from bertling.console import is_rank
-from bertling.files import BertlingError
+from bertling.files import BertlingError, one_line
 from bertling.settings import Settings
 
 SECONDS_TO_SAVE = 600
@@ -84,9 +84,9 @@ def together() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # gloo and NCCL have no kind of their own for it
-        reason = " ".join(str(error).split())[:200]
         raise BertlingError(
-            f"another process of this training ended or does not answer; what it said last is the cause ({reason})"
+            "another process of this training ended or does not answer; what it said last is the cause "
+            f"({one_line(error)})"
         ) from error
 
 
@@ -177,7 +177,6 @@ def launch(settings: Settings, arguments: Sequence[str]) -> int | None:
         return None
     except dist.DistError as error:
         raise BertlingError(
-            f"dist-master-port: the processes could not meet ({' '.join(str(error).split())[:200]}); is another "
-            "training using this port?"
+            f"dist-master-port: the processes could not meet ({one_line(error)}); is another training using this port?"
         ) from error
     return 0

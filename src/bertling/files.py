@@ -52,6 +52,11 @@ def readable_errors(path: Path) -> Iterator[None]:
         raise BertlingError(f"{path}: {hints.get(name, other)}") from error
 
 
+def one_line(error: Exception) -> str:
+    """What a library says of an error, on one line and not too long for part of another one."""
+    return " ".join(str(error).split())[:200]
+
+
 def is_of_disk(error: BertlingError) -> bool:
     """Whether the system's refusal to read or write is behind an error."""
     return isinstance(error.__cause__, OSError)

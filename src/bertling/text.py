@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 import pyarrow
 import pyarrow.parquet
 
-from bertling.files import BertlingError, readable_errors
+from bertling.files import BertlingError, one_line, readable_errors
 
 Progress = Callable[[int, int], None]
 """Called with bytes of input read so far, and in all."""
@@ -263,8 +263,9 @@ def _unpacked(path: Path, compression: str, report: Callable[[int], None]) -> It
         except EOFError as error:
             raise BertlingError(f"{path}: this {compression} file ends too early; fetch or make it again") from error
         except (gzip.BadGzipFile, zlib.error, lzma.LZMAError) as error:
-            message = " ".join(str(error).split())
-            raise BertlingError(f"{path}: damaged, or not {compression} data ({message}); make it again") from error
+            raise BertlingError(
+                f"{path}: damaged, or not {compression} data ({one_line(error)}); make it again"
+            ) from error
 
 
 class _ZstdFile:
@@ -369,8 +370,7 @@ def _parquet_records(path: Path, column: str, report: Callable[[int], None]) -> 
                 done += len(batch)
                 report(size * done // rows)
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
-        message = " ".join(str(error).split())[:200]
-        raise BertlingError(f"{path}: damaged, or not a parquet file ({message}); make it again") from error
+        raise BertlingError(f"{path}: damaged, or not a parquet file ({one_line(error)}); make it again") from error
 
 
 def _names(names: Iterable[str]) -> str:
