@@ -71,6 +71,9 @@ def test_the_first_two_commands_are_targets_of_the_makefile() -> None:
         assert re.search(rf"^{target}: (install|\$\(VENV\)/weights)$", makefile, re.MULTILINE)
 
 
-def test_every_file_that_the_readme_links_exists() -> None:
-    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
-        assert (ROOT / target).exists(), target
+@pytest.mark.parametrize(
+    "page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda page: page.name
+)
+def test_every_file_that_a_page_links_exists(page: Path) -> None:
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text()):
+        assert (page.parent / target).exists(), target
