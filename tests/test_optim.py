@@ -10,7 +10,8 @@ from torch import Tensor
 
 from bertling.model import BertForMaskedLM
 from bertling.optim import (
-    NEWTON_SCHULZ,
+    NEWTON_SCHULZ_BF16,
+    NEWTON_SCHULZ_FP32,
     Muon,
     build_optimizers,
     build_schedule,
@@ -126,16 +127,16 @@ def test_muon_takes_the_matrices_of_the_encoder_and_nothing_else(
     assert [type(one) for one in build_optimizers(model, Settings(), CPU, dtype)] == [torch.optim.AdamW]
 
 
-def iterated(s: Tensor) -> Tensor:
+def iterated(s: Tensor, polynomials: tuple[tuple[float, float, float], ...] = NEWTON_SCHULZ_FP32) -> Tensor:
     """What the iteration makes of singular values."""
-    for a, b, c in NEWTON_SCHULZ:
+    for a, b, c in polynomials:
         s = a * s + b * s**3 + c * s**5
     return s
 
 
 def test_the_iteration_takes_singular_values_near_one() -> None:
     s = iterated(torch.logspace(math.log10(0.003), 0, 1000, dtype=torch.float64))
-    assert 0.76 < s.min() < s.max() < 1.24
+    assert 0.79 < s.min() < s.max() < 1.21
 
 
 @pytest.mark.parametrize("shape", [(24, 8), (8, 8), (8, 22)])
@@ -143,7 +144,7 @@ def test_orthogonalizing_on_gram_matrices_is_the_iteration_of_newton_and_schulz(
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     u, s, v = torch.linalg.svd(matrix.double(), full_matrices=False)
     s = iterated(s / (1.01 * s.norm()))
-    assert s.max() < 1.24
+    assert s.max() < 1.21
     (found,) = orthogonalize(matrix[None])
     assert found.dtype == torch.float32
     torch.testing.assert_close(found.double(), u * s @ v, atol=5e-5, rtol=0)
@@ -159,7 +160,7 @@ def test_orthogonalizing_leaves_what_a_gradient_does_not_say_near_zero(rank: int
 
 
 @pytest.mark.parametrize("shape", [(64, 16), (16, 16), (16, 44)])
-@pytest.mark.parametrize(("falls_to", "off"), [(1.0, 0.03), (1e-2, 0.08), (1e-6, 0.25)])
+@pytest.mark.parametrize(("falls_to", "off"), [(1.0, 0.03), (1e-2, 0.08), (1e-6, 0.4)])
 def test_orthogonalizing_in_bf16_never_runs_away(shape: tuple[int, int], falls_to: float, off: float) -> None:
     generator = torch.Generator().manual_seed(1)
     u, s, v = torch.linalg.svd(torch.randn((5, *shape), generator=generator), full_matrices=False)
@@ -167,14 +168,14 @@ def test_orthogonalizing_in_bf16_never_runs_away(shape: tuple[int, int], falls_t
     found = orthogonalize((u * s[:, None] @ v).bfloat16())
     values = torch.linalg.svdvals(found.float())
     assert values.max() < 1.3
-    assert values[:, 0].min() > 0.7
-    expected = u * iterated(s / (1.01 * s.norm(dim=1, keepdim=True)))[:, None] @ v
+    assert values[:, 0].min() > 0.6
+    expected = u * iterated(s / (1.01 * s.norm(dim=1, keepdim=True)), NEWTON_SCHULZ_BF16)[:, None] @ v
     assert (found - expected).norm() < off * expected.norm()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_muon_goes_where_torchs_goes(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
-    monkeypatch.setattr("bertling.optim.NEWTON_SCHULZ", ((3.4445, -4.7750, 2.0315),) * 5)  # as torch has them
+    monkeypatch.setattr("bertling.optim.NEWTON_SCHULZ_FP32", NEWTON_SCHULZ_BF16)  # torch has these only
     generator = torch.Generator().manual_seed(1)
     shapes = (24, 8), (8, 8), (8, 22), (24, 8)
     ours = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]

@@ -12,17 +12,18 @@ from bertling.settings import Settings
 HIDDEN = ("encoder.", "mlm_head.transform.", "pooler.")
 """Where the hidden matrices are, from vector to vector. Muon takes these; embeddings and scores have a row an entry."""
 MOMENTUM = 0.95
-NEWTON_SCHULZ = (
+NEWTON_SCHULZ_BF16 = ((3.4445, -4.7750, 2.0315),) * 5
+NEWTON_SCHULZ_FP32 = (
     (8.3837, -24.7659, 18.3571),
-    (3.9738, -2.8471, 0.5177),
-    (3.4883, -2.5210, 0.4842),
-    (2.5421, -1.8323, 0.4163),
+    (4.0434, -3.0114, 0.5695),
+    (3.5056, -2.6267, 0.5257),
+    (2.4901, -1.8343, 0.4368),
 )
 """a, b, c of each step of the iteration, which takes each singular value s to a s + b s^3 + c s^5.
 
-The four together take all between 0.003 and 1 to between 0.76 and 1.24, each as near to 1 as a polynomial of this form
-can take what the one before left, 2 % more to either side for what bf16 rounds (Amsel et al. 2025); with one polynomial
-for all Jordan et al. 2024 take five steps.
+One polynomial for all steps is that of Jordan et al. 2024. The four together take all values between 0.003 and 1 to
+between 0.79 and 1.21, each as near to 1 as a polynomial of this form can take what the one before left (Amsel et al.
+2025), and beyond that they run away: bf16 rounds too coarsely for them.
 """
 
 
@@ -105,23 +106,23 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:
-    """[N, m, n] -> the same singular vectors, with all singular values between 0.76 and 1.24, save those near 0.
+    """[N, m, n] -> the same singular vectors, with all singular values near 1, save those near 0.
 
     Each step of the iteration multiplies X by a polynomial of its Gram matrix X X'. In bf16 that is what is done. In
     fp32 the polynomials are found first, on that small square matrix alone, and X is multiplied once, by their product:
-    for the matrices of a transformer two thirds of the operations. But repeated on Gram matrices alone, which hold the
-    singular values squared, what bf16 rounds would add up.
+    for the matrices of a transformer two thirds of the operations. But the Gram matrix holds the singular values
+    squared: fp32 bears that, bf16 does not.
     """
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if tall else matrices
     x = x / (1.01 * x.norm(dim=(1, 2), keepdim=True)).clamp(min=1e-7)  # not quite 1, beyond which polynomials run away
     if x.dtype == torch.bfloat16:
-        for coefficients in NEWTON_SCHULZ:
+        for coefficients in NEWTON_SCHULZ_BF16:
             x = polynomial(x @ x.mT, *coefficients) @ x
     else:
         gram = x @ x.mT
-        factor = product = polynomial(gram, *NEWTON_SCHULZ[0])
-        for coefficients in NEWTON_SCHULZ[1:]:
+        factor = product = polynomial(gram, *NEWTON_SCHULZ_FP32[0])
+        for coefficients in NEWTON_SCHULZ_FP32[1:]:
             gram = factor @ (gram @ factor)  # the Gram matrix of factor @ X
             factor = polynomial(gram, *coefficients)
             product = factor @ product
