@@ -21,9 +21,9 @@ NEWTON_SCHULZ_FP32 = (
 )
 """a, b, c of each step of the iteration, which takes each singular value s to a s + b s^3 + c s^5.
 
-One polynomial for all steps is that of Jordan et al. 2024. The four together take all values between 0.003 and 1 to
-between 0.79 and 1.21, each as near to 1 as a polynomial of this form can take what the one before left (Amsel et al.
-2025), and beyond that they run away: bf16 rounds too coarsely for them.
+In bf16 the one polynomial of Jordan et al. 2024, five times. In fp32 four of them that together take all between 0.003
+and 1 to between 0.79 and 1.21, each as near to 1 as a polynomial of this form can take what the one before left (Amsel
+et al. 2025). In bf16 four such steps learned a little less (docs/experiments.md).
 """
 
 
