@@ -11,8 +11,9 @@ from unittest import mock
 import pytest
 from commands import Ended, bertling
 
+from bertling.console import program
 from bertling.files import BertlingError
-from bertling.tools.quickstart import MARKER, MASKED, REVIEWS, STAGES, QuickstartResult, claim, program
+from bertling.tools.quickstart import MARKER, MASKED, REVIEWS, STAGES, QuickstartResult, claim
 
 REDUCED = ("--megabytes", 0.6, "--minutes", 5, "--steps", 20)
 
@@ -52,7 +53,7 @@ def test_words_are_filled_in_before_and_after(answer: dict[str, Any]) -> None:
     assert answer["before"] != answer["after"]
 
 
-def test_sentiment_is_scored_beside_its_floors(answer: dict[str, Any]) -> None:
+def test_sentiment_is_scored_beside_its_floors(ended: Ended, answer: dict[str, Any]) -> None:
     scores = answer["sentiment"]
     dev = (files("bertling") / "assets" / "sentiment_dev.tsv").read_text().splitlines()
     assert scores["sentences"] == len(dev) - 1
@@ -60,13 +61,15 @@ def test_sentiment_is_scored_beside_its_floors(answer: dict[str, Any]) -> None:
     assert scores["bag_of_words"] > scores["majority"]
     assert scores["accuracy"] > scores["majority"]
     assert 0 < scores["from_scratch"] < 1
+    assert scores["from_box"] > scores["bag_of_words"]  # what pre-training is worth
+    assert f"package {scores['from_box']:.1%}" in " ".join(ended.err.split())
     assert [one["text"] for one in answer["classified"]] == list(REVIEWS)
     assert {one["label"] for one in answer["classified"]} <= {"negative", "positive"}
 
 
 def test_all_that_is_named_is_there(work: Path, answer: dict[str, Any]) -> None:
     assert all((work / path).exists() for path in answer["written"])
-    for run in ("pretrain", "sentiment", "sentiment-from-scratch"):
+    for run in ("pretrain", "sentiment", "sentiment-from-scratch", "sentiment-from-box"):
         for name in ("accuracy.png", "loss.png", "checkpoints/best/model.safetensors"):
             assert (work / "tour" / "runs" / run / name).stat().st_size > 1000
     kept = json.loads((work / "tour" / MARKER).read_text())
@@ -86,8 +89,9 @@ def shown(err: str) -> list[list[str]]:
 
 
 def test_the_commands_shown_do_what_the_stages_did(work: Path, ended: Ended, answer: dict[str, Any]) -> None:
-    commands = {words[1]: words[1:] for words in shown(ended.err)}
-    assert list(commands) == ["vocab", "prepare", "pretrain", "finetune", "classify"]
+    words_shown = shown(ended.err)
+    assert [words[1] for words in words_shown] == ["vocab", "prepare", "pretrain", *["finetune"] * 3, "classify"]
+    commands = {words[1]: words[1:] for words in words_shown}
     again = [word.replace("tour/vocab", "again/vocab") for word in commands["vocab"]]
     assert bertling(*again, cwd=work).status == 0
     assert (work / "again" / "vocab" / "vocab.txt").read_bytes() == (work / "tour/vocab/vocab.txt").read_bytes()

@@ -4,6 +4,8 @@ import contextlib
 import io
 import json
 import os
+import shlex
+import shutil
 import signal
 import sys
 from collections.abc import Iterator
@@ -19,6 +21,24 @@ from bertling.files import BertlingError, readable_errors
 def say(text: str) -> None:
     """What is not an answer goes to standard error."""
     click.echo(text, err=True)
+
+
+def program() -> str:
+    """How a user calls bertling from here: by its name, or by its path where the name is not found."""
+    own = Path(sys.executable).with_name("bertling")
+    found = shutil.which("bertling")
+    if found is not None and (not own.exists() or Path(found).resolve() == own.resolve()):
+        return "bertling"
+    if not own.exists():
+        return f"{shlex.quote(sys.executable)} -m bertling"
+    path = near(own)
+    return shlex.quote(path if os.sep in path else f"./{path}")
+
+
+def near(path: Path) -> str:
+    """The path from here, where it lies below."""
+    relative = os.path.relpath(path)
+    return str(path) if relative.startswith(os.pardir) else relative
 
 
 def answer(value: Any, text: str, as_json: bool) -> None:
