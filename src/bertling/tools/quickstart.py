@@ -90,8 +90,8 @@ class QuickstartResult:
             f"masked words  {scores['accuracy']:.1%} right in documents that it never saw; the floor, always the "
             f"commonest token: {scores['floor']:.1%}",
             f"sentiment     {mood['accuracy']:.1%} right of {mood['sentences']} sentences; from scratch "
-            f"{mood['from_scratch']:.1%}, from the model in the package {mood['from_box']:.1%}; floors: commonest class "
-            f"{mood['majority']:.1%}, bag of words {mood['bag_of_words']:.1%}",
+            f"{mood['from_scratch']:.1%}, from the model in the package {mood['from_box']:.1%}; floors: commonest "
+            f"class {mood['majority']:.1%}, bag of words {mood['bag_of_words']:.1%}",
         ]
         for title, pairs in (("written", self.written), ("try next", self.commands)):
             lines += ["", f"{title}:"]
@@ -356,9 +356,9 @@ class Tour:
         )
         boxed = train_from(Path(near(BOX)), BOXED, lambda text: None)
         self.tell(
-            f"Accuracy {tuned.summary.mean:.1%}, from scratch {scratch.summary.mean:.1%}, from the model in the package "
-            f"{boxed.summary.mean:.1%}; without any network: {tuned.floors['floor/majority']:.1%} by always naming the "
-            f"commonest class, {tuned.floors['floor/bag_of_words']:.1%} by counting words (bag of words)."
+            f"Accuracy {tuned.summary.mean:.1%}, from scratch {scratch.summary.mean:.1%}, from the model in the "
+            f"package {boxed.summary.mean:.1%}; without any network: {tuned.floors['floor/majority']:.1%} by always "
+            f"naming the commonest class, {tuned.floors['floor/bag_of_words']:.1%} by counting words (bag of words)."
         )
         return tuned, scratch, boxed
 
