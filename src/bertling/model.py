@@ -310,7 +310,7 @@ def layer_norm(config: ModelConfig) -> nn.LayerNorm:
 def initialize(module: nn.Module, config: ModelConfig, generator: torch.Generator | None = None) -> None:
     """Give `module` fresh weights: a normal cut at two deviations (as in Devlin et al.'s code), zero biases."""
     done: set[Tensor] = set()  # a tied matrix comes twice, and is drawn once: as word embeddings
-    for name, part in module.named_modules():
+    for part in module.modules():
         if isinstance(part, nn.LayerNorm):
             part.reset_parameters()
         if isinstance(part, nn.Linear | MaskedLMHead) and part.bias is not None:
@@ -318,9 +318,6 @@ def initialize(module: nn.Module, config: ModelConfig, generator: torch.Generato
         if not isinstance(part, nn.Linear | nn.Embedding) or part.weight in done:
             continue
         done.add(part.weight)
-        if config.zero_init_output and name.endswith(("out_proj", "down_proj")):
-            part.weight.zero_()
-            continue
         deviation = config.initializer_range
         nn.init.trunc_normal_(part.weight, std=deviation, a=-2 * deviation, b=2 * deviation, generator=generator)
         if isinstance(part, nn.Embedding) and part.padding_idx is not None:

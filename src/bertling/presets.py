@@ -93,8 +93,6 @@ class ModelConfig:
     """What the classifier is told: the vector of [CLS], or the mean over all tokens."""
     pooler: Pooler
     """Activation of the dense layer between this and the classifier; `gelu` has a LayerNorm behind it."""
-    zero_init_output: bool
-    """Start with every block adding nothing: the last matrix of attention and MLP is zero."""
     labels: tuple[str, ...] = ("LABEL_0", "LABEL_1")
     """Names of the classes, by id."""
 
@@ -191,7 +189,6 @@ BERT: dict[str, Any] = {
     "tied": True,
     "pooling": "cls",
     "pooler": "tanh",
-    "zero_init_output": False,
 }
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -218,7 +215,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "classifier_dropout": 0.2,
         "pooler": "relu",
     },
-    # Warner et al. 2024 (ModernBERT), with blocks that start as the identity, and windows only where they are wanted.
+    # Warner et al. 2024 (ModernBERT), with windows only where they are wanted.
     "modern": BERT
     | {
         "architecture": "modern",
@@ -237,7 +234,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "bias": False,
         "pooling": "mean",
         "pooler": "gelu",
-        "zero_init_output": True,
     },
 }
 
