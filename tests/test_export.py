@@ -133,7 +133,7 @@ def test_onnx_gives_our_scores_for_any_batch_and_length(
 
 def test_int8_is_smaller_and_near(save: Any, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
-    folder = save("modern", classifier=True)
+    folder = save("modern")  # not a classifier: its two scores may both lie near 0, where any error is large
     ended = bertling("export", "--cp", folder, "--format", "onnx", "--int8", "-o", tmp_path / "out", "--json")
     assert ended.status == 0, ended.err
     answer = json.loads(ended.out)
