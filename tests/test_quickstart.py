@@ -61,7 +61,7 @@ def test_sentiment_is_scored_beside_its_floors(ended: Ended, answer: dict[str, A
     assert scores["bag_of_words"] > scores["majority"]
     assert scores["accuracy"] > scores["majority"]
     assert 0 < scores["from_scratch"] < 1
-    assert scores["from_box"] > scores["bag_of_words"]  # what pre-training is worth
+    assert scores["from_box"] > scores["from_scratch"]  # by seven points, the mean over five seeds (docs/results.md)
     assert f"package {scores['from_box']:.1%}" in " ".join(ended.err.split())
     assert [one["text"] for one in answer["classified"]] == list(REVIEWS)
     assert {one["label"] for one in answer["classified"]} <= {"negative", "positive"}

@@ -351,8 +351,8 @@ class Tour:
         self.tell("The same from scratch, without the pre-training, to see what that was worth:")
         scratch = train_from(None, SCRATCH, lambda text: None)
         self.tell(
-            "Manuals say little about good and bad, and a few minutes are short. So once more from the masked language "
-            "model that comes with the package, which read Wikipedia for three hours, on two cores too:"
+            "Manuals say little about good and bad. So once more from the masked language model that comes with the "
+            "package, which read Wikipedia for three hours, on two cores too:"
         )
         boxed = train_from(Path(near(BOX)), BOXED, lambda text: None)
         self.tell(
