@@ -31,7 +31,7 @@ from bertling.inference import (
 )
 from bertling.model import BertForMaskedLM, BertForSequenceClassification, ModelConfig
 from bertling.presets import preset_config
-from bertling.runtime import Runtime
+from bertling.runtime import Runtime, multiplies_int8
 from bertling.tokenizer import Tokenizer
 from bertling.vectors import Vectors
 
@@ -275,6 +275,24 @@ def test_in_bf16_all_weights_are_and_the_answers_near(preset: str, tmp_path: Pat
     assert {p.dtype for p in loaded.model.parameters()} == {torch.bfloat16}
     expected = Classifier(model, TOKENIZER).classify(texts)
     assert [a["score"] for a in loaded.classify(texts)] == pytest.approx([a["score"] for a in expected], abs=0.01)
+
+
+@pytest.mark.skipif(not multiplies_int8(), reason="this CPU has no dot products of int8 (VNNI)")
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("preset", ["bert", "modern", "seed", "distilbert"])
+def test_in_int8_answers_are_near_in_many_batches_too(
+    preset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model(BertForSequenceClassification, preset)
+    write_model(tmp_path, model, TOKENIZER)
+    texts = make_texts(40)
+    loaded = load(tmp_path, Runtime(torch.device("cpu"), torch.float32, compile=False, int8=True))
+    expected = [a["score"] for a in Classifier(model, TOKENIZER).classify(texts)]
+    together = [a["score"] for a in loaded.classify(texts)]
+    assert together == pytest.approx(expected, abs=0.03)
+    assert together != pytest.approx(expected, abs=1e-7)
+    monkeypatch.setattr(inference, "BATCH_TOKENS", 60)  # threads take batches of their own
+    assert [a["score"] for a in loaded.classify(texts)] == pytest.approx(together, abs=0.03)
 
 
 @pytest.fixture

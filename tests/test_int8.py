@@ -1,14 +1,24 @@
-"""Products in int8 while training: how far they are off, where they are used, and that nothing else changes."""
+"""Products in int8: how far they are off, where they are used, and that nothing else changes."""
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from bertling.int8 import LONGEST_SUM, Int8Linear, Int8Product, columns_to_int8, to_int8, use_int8
+from bertling import int8
+from bertling.int8 import (
+    LONGEST_SUM,
+    Int8Linear,
+    Int8Product,
+    RoundedLinear,
+    columns_to_int8,
+    round_weights,
+    to_int8,
+    use_int8,
+)
 from bertling.model import BertForMaskedLM, BertForSequenceClassification
 from bertling.optim import HIDDEN
 from bertling.presets import preset_config
-from bertling.runtime import multiplies_int8
+from bertling.runtime import can_compile, multiplies_int8
 
 pytestmark = pytest.mark.skipif(not multiplies_int8(), reason="this CPU has no dot products of int8 (VNNI)")
 
@@ -19,7 +29,7 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 def off(found: Tensor, exact: Tensor) -> float:
     """How far off, as a share of the whole."""
-    return float((found - exact).norm() / exact.norm())
+    return float((found - exact).detach().norm() / exact.detach().norm())
 
 
 def twins(width: int = 96, height: int = 160, *, bias: bool = False) -> tuple[nn.Linear, nn.Linear]:
@@ -31,7 +41,7 @@ def twins(width: int = 96, height: int = 160, *, bias: bool = False) -> tuple[nn
 
 def product(a: Tensor, b: Tensor) -> Tensor:
     """a [M, K] @ b [K, N] in int8."""
-    output: Tensor = Int8Product.apply(a, b.T)  # type: ignore[no-untyped-call]
+    output: Tensor = Int8Product.apply(a, b.T, torch.float32)  # type: ignore[no-untyped-call]
     return output
 
 
@@ -98,7 +108,7 @@ def test_what_is_not_finite_stays_so(bad: float) -> None:
     x, weight, gradient = normal(8, 64), normal(4, 64, seed=1), normal(8, 4, seed=2)
     x[3, 5] = bad
     leaves = [x.requires_grad_(), weight.requires_grad_()]
-    y = Int8Product.apply(*leaves)  # type: ignore[no-untyped-call]
+    y = Int8Product.apply(*leaves, torch.float32)  # type: ignore[no-untyped-call]
     assert y.isfinite().all(dim=1).tolist() == [row != 3 for row in range(8)]
     gradient[1, 2] = bad
     y.backward(gradient)
@@ -152,6 +162,53 @@ def test_the_output_has_the_format_that_autocast_asks_for() -> None:
     (y.float().sum() + z.float().sum()).backward()
     assert x.grad.dtype == torch.float32
     assert all(p.grad.dtype == torch.float32 for p in rounded.parameters())
+
+
+@pytest.mark.skipif(not can_compile(torch.device("cpu")), reason="no C++ compiler")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_or_not_every_bit_is_the_same(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    def passes() -> list[Tensor]:
+        found = []
+        for rows, (height, width) in ((33, (96, 160)), (48, (96, 96)), (96, (160, 96))):  # any sizes, equal ones too
+            x = normal(rows, width).to(dtype).requires_grad_()
+            weight = nn.Parameter(normal(height, width, seed=1))
+            y = Int8Product.apply(x, weight, dtype)  # type: ignore[no-untyped-call]
+            y.backward(normal(rows, height, seed=2).to(dtype))
+            layer = nn.Linear(width, height)
+            layer.load_state_dict({"weight": weight.detach(), "bias": normal(height, seed=3)})
+            round_weights(layer, ("",))
+            found += [y, x.grad, weight.grad, layer.to(dtype)(x)]
+        return found
+
+    assert int8.fused(int8.product) is not int8.product
+    compiled = passes()
+    monkeypatch.setattr(int8, "fused", lambda function: function)
+    assert all(torch.equal(one, other) for one, other in zip(compiled, passes(), strict=True))
+
+
+def test_without_a_compiler_nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(int8, "can_compile", lambda device: False)
+    int8.compiled.cache_clear()
+    assert int8.fused(int8.product) is int8.product
+    int8.compiled.cache_clear()
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_rounded_for_good_answer_nearly_the_same(bias: bool, dtype: torch.dtype) -> None:
+    exact, rounded = (nn.Linear(96, 160, bias=bias).eval() for _ in range(2))
+    rounded.load_state_dict(exact.state_dict())
+    round_weights(rounded, ("",))
+    assert isinstance(rounded, RoundedLinear)
+    rounded.to(dtype)
+    assert (rounded.weight.dtype, rounded.integers.dtype, rounded.steps.dtype) == (dtype, torch.int8, torch.float32)
+    x = normal(4, 16, 96)
+    y = rounded(x.to(dtype))
+    assert (y.dtype, y.shape) == (dtype, (4, 16, 160))
+    assert 0 < off(y.float(), exact(x)) < 0.02
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert rounded(x).dtype == torch.bfloat16
+    torch.testing.assert_close(rounded(x[0, :1].to(dtype)), exact.to(dtype)(x[0, :1].to(dtype)))  # one row: not rounded
 
 
 @pytest.mark.parametrize("kind", [BertForMaskedLM, BertForSequenceClassification])

@@ -67,7 +67,10 @@ def open_model(cp: Path | None, device: str, dtype: str, task: Literal["fill", "
 
     if cp is None:
         say(f"model: the one that comes with bertling ({BOX / 'README.md'}); --cp takes your own")
-    return load(cp, build_runtime(parse_settings({"device": device, "dtype": dtype})), task=task)
+    runtime = build_runtime(parse_settings({"device": device, "dtype": dtype}))
+    for note in runtime.notes:
+        say(f"note: {note}")
+    return load(cp, runtime, task=task)
 
 
 @click.command()
@@ -215,7 +218,7 @@ def download(name: str, output: Path | None, as_json: bool) -> None:
 @click.option("--batch-size", type=click.IntRange(1), help="with --preset: rows  [default: 64]")
 @click.option("--micro-batch-size", type=click.IntRange(1), help="with --preset: rows at once  [default: all]")
 @click.option("--seq-len", type=click.IntRange(8, 8192), help="with --preset: tokens in a row  [default: 128]")
-@click.option("--dtype", default="auto", show_default=True, help="step, ours: auto, bf16, fp16, fp32 or int8")
+@click.option("--dtype", default="auto", show_default=True, help="ours: auto, bf16, fp16, fp32 or int8")
 @click.option("--compile", "compiled", default="auto", show_default=True, help="step, ours: auto, true or false")
 @click.option("--text", type=PATH, help="prepare: a .txt file  [default: this machine's documentation prose]")
 @click.option("--data", type=PATH, help="finetune, classify: labelled texts  [default: those of the demo]")
@@ -268,7 +271,7 @@ def bench(
     rows = rows or (("step",) if preset is not None else ("step", *COMPARISONS))
     with tempfile.TemporaryDirectory(prefix="bertling-bench-") as folder:
         where = Path(folder), against is not None, rounds, choose_device(device).type, available_cores(), say
-        comparisons = compare([row for row in rows if row != "step"], Bench(*where, text, vocab, data))
+        comparisons = compare([row for row in rows if row != "step"], Bench(*where, text, vocab, data, dtype))
         if "step" in rows:
             workloads = WORKLOADS if preset is None else (sized_workload(preset, **sizes),)
             settings = vars(parse_settings({"device": device, "dtype": dtype, "compile": compiled}))

@@ -122,6 +122,8 @@ def finetune(start: Start, say: Say, *, from_scratch: bool = False) -> FinetuneR
     try:
         say = say if ranks.first else lambda text: None
         runtime = build_runtime(settings, local_rank=ranks.local_rank, local_processes=ranks.local_processes)
+        for note in runtime.notes:
+            say(f"note: {note}")
         train, dev = load_texts(settings)
         say(
             f"data: {len(train.texts):,} texts to train on, {len(dev.texts):,} to evaluate on, classes: "

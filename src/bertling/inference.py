@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from bertling.files import BertlingError
+from bertling.int8 import round_weights
 from bertling.labelled import pad_rows
 from bertling.model import (
     BertEncoder,
@@ -23,6 +24,7 @@ from bertling.model import (
     Pooling,
     mean_over_tokens,
 )
+from bertling.optim import HIDDEN
 from bertling.runtime import Runtime, choose_device
 from bertling.tables import check_text, decode_utf8, open_bytes, shorten
 from bertling.tokenizer import Tokenizer
@@ -283,7 +285,8 @@ def load(
 ) -> Bertling:
     """The model in a run, checkpoint or Hugging Face folder, ready to use; by default in fp32 on the best device.
 
-    Its weights are in the runtime's number format, and so is all that it computes but norms' and softmaxes' insides.
+    Its weights are in the runtime's number format, and so is all that it computes but norms' and softmaxes' insides;
+    the hidden matrices and their products in int8, where the runtime says so.
 
     Without a folder: the model in the box, with its head for masked words or for sentiment, as `task` says.
     """
@@ -297,6 +300,7 @@ def load(
         loaded = load_checkpoint(BOX, head="classification", variant="sst2")
     assert isinstance(loaded.model, BertEncoder)
     runtime = runtime or Runtime(choose_device("auto"), torch.float32, compile=False)
+    round_weights(loaded.model, HIDDEN if runtime.int8 else ())
     loaded.model.to(runtime.dtype)  # so that nothing has to be converted for every batch
     return Bertling(loaded.model, loaded.tokenizer, runtime)
 

@@ -195,8 +195,9 @@ ask_options = together(
     device_option,
     choice_option(
         "--dtype",
-        ["fp32", "bf16", "fp16", "auto"],
-        "number format of weights and matrix products; auto: the fastest on this machine",
+        ["fp32", "bf16", "fp16", "int8", "auto"],
+        "number format of weights and matrix products; auto: the fastest on this machine but int8, which rounds the "
+        "hidden ones (on CPUs with VNNI, without AMX)",
     ),
 )
 """The model to ask, and the texts to ask it about."""

@@ -28,7 +28,7 @@ class Runtime:
     """Of the matrix products; in training weights, sums and losses stay in fp32."""
     compile: bool
     int8: bool = False
-    """Whether the hidden matrices' products are in int8 while training (int8.py), instead of in `dtype`."""
+    """Whether the products of the hidden matrices, in training and in answers, are in int8 instead (int8.py)."""
     notes: tuple[str, ...] = ()
     """What was chosen for the user, and why, one line each."""
 

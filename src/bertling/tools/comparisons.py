@@ -86,6 +86,8 @@ class Bench:
     text: Path | None = None
     vocab: Path | None = None
     data: Path | None = None
+    dtype: str = "auto"
+    """Of ours."""
 
     def run(self, what: str, unit: str, amount: float, sides: Sides, others: Sides) -> Comparison:
         """Let all sides run once a round."""
@@ -191,7 +193,7 @@ class Bench:
             f"fine-tune BERT {blocks} x 768, batches of {batch}, {steps} steps",
             "sentences",
             steps * batch,
-            {"bertling finetune": side("finetune_ours")},
+            {f"bertling finetune, {self.dtype}": side("finetune_ours", dtype=self.dtype)},
             {
                 "Trainer, its faster format, by length, fused AdamW": side("finetune_theirs", best=True),
                 "Trainer at its defaults": side("finetune_theirs", best=False),
@@ -231,7 +233,8 @@ class Bench:
         folder = self.folder / "model"
         folder.mkdir()
         write_model(folder, BertForSequenceClassification(config), tokenizer)
-        ours = bertling.load(folder, build_runtime(parse_settings({"device": self.device, "compile": "false"})))
+        settings = parse_settings({"device": self.device, "dtype": self.dtype, "compile": "false"})
+        ours = bertling.load(folder, build_runtime(settings))
 
         def timer(function: Callable[..., Any], *given: Any, **more: Any) -> Callable[[], float]:
             def run() -> float:
@@ -264,7 +267,7 @@ class Bench:
                 "pipeline at its defaults": timer(pipes[torch.float32], texts, truncation=True),
             }
         ours.classify(texts)
-        sides = {"bertling classify": timer(ours.classify, texts)}
+        sides = {f"bertling classify, {self.dtype}": timer(ours.classify, texts)}
         return self.run(f"classify {len(texts):,} texts, BERT 6 x 768", "sentences", len(texts), sides, others)
 
     def startup(self) -> Comparison:

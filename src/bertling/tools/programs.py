@@ -140,7 +140,7 @@ def finetune_theirs(
 
 
 def finetune_ours(
-    data: str, vocab: str, folder: str, steps: int, batch: int, blocks: int, device: str
+    data: str, vocab: str, folder: str, steps: int, batch: int, blocks: int, device: str, dtype: str
 ) -> dict[str, Any]:
     """The same model as `bertling finetune` trains it, with an eye on the clock."""
     from bertling.finetune import finetune
@@ -159,7 +159,7 @@ def finetune_ours(
     flags = {
         "preset": "bert", "size": "base", "n_layers": blocks, "vocab": Path(vocab), "train_input": Path(data),
         "val_input": Path(f"{data}.dev.parquet"), "base_dir": Path(folder), "max_iters": WARM_UP + steps,
-        "batch_size": batch, "val_interval": 10**6, "device": device,
+        "batch_size": batch, "val_interval": 10**6, "device": device, "dtype": dtype,
     }  # fmt: skip
     start = resolve_start("finetune", [], flags, cp=None, resume=False)
     finetune(start, lambda line: None, from_scratch=True)
