@@ -12,7 +12,7 @@ from unittest import mock
 import pytest
 from commands import SMALL, TEXT, VOCAB, World, bertling, listing, make_world
 
-from bertling import cli
+from bertling import cli, runtime
 from bertling.files import BertlingError
 from bertling.options import GROUPS
 
@@ -198,6 +198,17 @@ def test_classify_answers_line_for_line(world: World) -> None:
     assert all(answer["label"] in ("0", "1") and 0.5 <= answer["score"] <= 1 for answer in answers)
     label, score, text = bertling("classify", "--cp", world.classifier, "lovely").out.rstrip("\n").split("\t")
     assert (label in ("0", "1"), float(score) >= 0.5, text) == (True, True, "lovely")
+
+
+@pytest.mark.parametrize("here", [False, True])
+def test_int8_is_taken_where_it_pays_and_else_said(here: bool, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    if here and not runtime.int8_pays():
+        pytest.skip("this CPU has AMX, or no dot products of int8 (VNNI)")
+    monkeypatch.setattr(runtime, "int8_pays", lambda: here)
+    done = bertling("classify", "--cp", world.classifier, "--dtype", "int8", "--json", "a lovely film")
+    assert done.err == "" if here else done.err.startswith("note: dtype = int8 is for CPUs with instructions for it")
+    usual = bertling("classify", "--cp", world.classifier, "--dtype", "auto", "--json", "a lovely film").answer
+    assert done.answer["score"] == pytest.approx(usual["score"], abs=0.02 if here else 1e-6)
 
 
 def test_a_text_that_is_too_long_is_said(world: World) -> None:

@@ -15,7 +15,7 @@ from commands import SMALL, VOCAB, Ended, World, bertling, make_world, write_lab
 from bertling.checkpoint import load_checkpoint
 from bertling.finetune import FinetuneResult, SeedResult
 from bertling.labelled import load_labelled, summarise_seeds
-from bertling.runtime import Runtime
+from bertling.runtime import Runtime, int8_pays
 from bertling.tasks import ClassificationTask
 from bertling.tokenizer import Tokenizer
 from bertling.train import Outcome
@@ -65,6 +65,14 @@ def test_sst2_files_are_found_in_the_work_folder(world: World, tmp_path: Path) -
     assert (run / "checkpoints" / "best" / "model.safetensors").is_file()
     assert (run / "accuracy.png").is_file()
     assert json.loads((run / "run.json").read_text()) == {"task": "sst2", "finished": True}
+
+
+def test_it_trains_in_int8_and_says_so(world: World, tmp_path: Path) -> None:
+    inputs = ["--train-input", world.train, "--val-input", world.dev]
+    done = finetune(world, tmp_path, "--cp", world.mlm, *inputs, "--dtype", "int8")
+    assert done.status == 0, done.err
+    chosen = "1 threads, int8 and" if int8_pays() else "note: dtype = int8 is for CPUs with instructions for it"
+    assert chosen in done.err
 
 
 @pytest.mark.parametrize("form", ["csv", "jsonl", "parquet"])
