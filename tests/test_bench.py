@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -116,6 +117,16 @@ def test_each_kind_of_work_beside_the_usual_tools(tiny: Bench, kind: str, more: 
     done = getattr(tiny, kind)(**more)
     assert len(done.seconds) == sides
     assert all(len(values) == 1 and values[0] > 0 for values in done.seconds.values())
+
+
+def test_classifying_in_int8_is_held_against_int8_too(tiny: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers")
+    theirs = mock.Mock(wraps=torch.ao.quantization.quantize_dynamic)
+    monkeypatch.setattr(torch.ao.quantization, "quantize_dynamic", theirs)
+    done = replace(tiny, dtype="int8").classify()
+    assert next(iter(done.seconds)) == "bertling classify, int8"
+    assert len(done.seconds) == 3
+    theirs.assert_called_once()
 
 
 def test_without_peers_and_without_material(tmp_path: Path) -> None:
