@@ -72,6 +72,7 @@ def test_what_cannot_be_compared_is_refused() -> None:
     assert "the preset seed has no stock class" in bertling("bench", "--preset", "seed", "--against", "hf", *TINY).error
     assert "no such preset" in bertling("bench", "--preset", "gpt", *TINY).error
     assert "--batch-size: the step's own workloads" in bertling("bench", "step", "--batch-size", "4").error
+    assert "dtype = int4: must be one of" in bertling("bench", "finetune", "--dtype", "int4").error
     assert "'gpu' is not one of 'auto', 'cpu'" in bertling("bench", "step", "--device", "gpu").error
 
 

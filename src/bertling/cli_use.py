@@ -63,7 +63,6 @@ def open_model(cp: Path | None, device: str, dtype: str, task: Literal["fill", "
     """The model to ask; without --cp, the one in the box."""
     from bertling.inference import BOX, load
     from bertling.runtime import build_runtime
-    from bertling.settings import parse_settings
 
     if cp is None:
         say(f"model: the one that comes with bertling ({BOX / 'README.md'}); --cp takes your own")
@@ -268,13 +267,13 @@ def bench(
     if preset is None and sizes:
         first = next(iter(sizes)).replace("_", "-")
         raise click.UsageError(f"--{first}: the step's own workloads have their sizes; name a --preset with it")
+    settings = vars(parse_settings({"device": device, "dtype": dtype, "compile": compiled}))
     rows = rows or (("step",) if preset is not None else ("step", *COMPARISONS))
     with tempfile.TemporaryDirectory(prefix="bertling-bench-") as folder:
         where = Path(folder), against is not None, rounds, choose_device(device).type, available_cores(), say
         comparisons = compare([row for row in rows if row != "step"], Bench(*where, text, vocab, data, dtype))
         if "step" in rows:
             workloads = WORKLOADS if preset is None else (sized_workload(preset, **sizes),)
-            settings = vars(parse_settings({"device": device, "dtype": dtype, "compile": compiled}))
             given = {name: settings[name] for name in ("device", "dtype", "compile")}
             for workload in workloads:
                 report = run_bench(workload, against=against is not None, rounds=rounds, settings=given, say=say)
