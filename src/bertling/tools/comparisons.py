@@ -213,7 +213,7 @@ class Bench:
             pq.write_table(pa.table(columns), target)
 
     def classify(self) -> Comparison:
-        """Classes of sentences by a fresh BERT 6 x 768 against the pipeline, at its best of its settings.
+        """Classes of sentences by a fresh BERT 6 x 768 against the pipeline, at the best of its settings.
 
         Where ours rounds to int8, the pipeline may as well, by torch's dynamic quantization.
         """
