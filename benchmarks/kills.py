@@ -21,7 +21,7 @@ import torch
 from bertling.checkpoint import TrainingState, load_checkpoint, newest_intact, save_checkpoint, step_folders
 from bertling.model import BertForMaskedLM
 from bertling.presets import preset_config
-from bertling.runs import Start, open_run, resolve_start
+from bertling.runs import Start, open_run, record, resolve_start
 from bertling.settings import Settings
 from bertling.tokenizer import SPECIAL_TOKENS, Tokenizer
 
@@ -53,8 +53,9 @@ def main() -> int:
     caught = torn = passed_over = written = 0
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        with open_run(Start(Settings(base_dir=Path(folder), run_id="run0"), frozenset())) as run:
-            pass
+        settings = Settings(base_dir=Path(folder), run_id="run0")
+        with open_run(Start(settings, frozenset())) as run:
+            record(run, settings, finished=False)
         last = -1
         for _ in range(given.kills):
             receive, send = os.pipe()

@@ -12,9 +12,8 @@ import torch
 from bertling.finetune import FinetuneResult, finetune
 from bertling.prepare import prepare
 from bertling.pretrain import pretrain
-from bertling.runs import resolve_start
+from bertling.runs import Outcome, resolve_start
 from bertling.tokenizer import Tokenizer
-from bertling.train import Outcome
 
 # `pytest --hypothesis-profile thorough` tries more examples, and other ones each time.
 hypothesis.settings.register_profile(

@@ -9,9 +9,9 @@ import pytest
 from commands import bertling
 
 from bertling.finetune import FinetuneResult
+from bertling.runs import Outcome
 from bertling.tools.compare import Comparison, compare, paired_bootstrap
 from bertling.tools.evaluate import evaluate
-from bertling.train import Outcome
 
 
 def test_the_interval_is_that_of_theory() -> None:

@@ -15,8 +15,8 @@ from bertling.cooccurrence import SCALE, factorise, neighbour_tables, to_mutual_
 from bertling.model import BertForMaskedLM
 from bertling.presets import preset_config
 from bertling.pretrain import look_at_neighbours, look_for_the_like
+from bertling.runs import Outcome
 from bertling.samples import Samples
-from bertling.train import Outcome
 
 CLS, SEP = 2, 3
 SPECIAL = [0, 1, 2, 3, 4]

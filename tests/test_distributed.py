@@ -24,9 +24,8 @@ from bertling.distributed import Ranks, check_processes, join, launch
 from bertling.files import BertlingError, write_json
 from bertling.finetune import FinetuneResult
 from bertling.runlog import read_metrics
-from bertling.runs import in_progress
+from bertling.runs import Outcome, in_progress
 from bertling.settings import Settings, key_of
-from bertling.train import Outcome
 
 # An odd number of rows for two processes, cut into several micro-batches on each.
 SHAPE: dict[str, Any] = {**TINY, "batch_size": 9, "micro_batch_size": 2, "dropout": 0.0, "learning_rate": 5e-3}

@@ -13,9 +13,9 @@ import bertling as package
 from bertling.checkpoint import write_model
 from bertling.model import BertForMaskedLM, BertForSequenceClassification
 from bertling.presets import preset_config
+from bertling.runs import Outcome
 from bertling.tokenizer import Tokenizer
 from bertling.tools import export as module
-from bertling.train import Outcome
 
 transformers = pytest.importorskip("transformers")
 TEXTS = ["the old [MASK] by the river .", "bread"]

@@ -22,8 +22,8 @@ from bertling import checkpoint, faults, train
 from bertling.checkpoint import load_state
 from bertling.files import BertlingError
 from bertling.runlog import read_metrics
+from bertling.runs import Outcome
 from bertling.tasks import MaskedLMTask
-from bertling.train import Outcome
 
 Train = Callable[..., Outcome]
 
@@ -117,6 +117,17 @@ def test_a_run_that_runs_away_twice_ends_with_a_report(train_mlm: Train, monkeyp
     ) as e:
         train_mlm(max_iters=20, save_every="4")
     assert "nonfinite.json holds what was seen, batch by batch; the checkpoint of step 4 is whole" in str(e.value)
+
+
+@pytest.mark.parametrize(
+    ("steps", "message"), [(2, "no finite loss at step 2"), (20, "no finite loss and gradient in")]
+)
+def test_weights_that_ran_away_are_never_saved(train_mlm: Train, work: Path, steps: int, message: str) -> None:
+    with pytest.raises(BertlingError, match=rf"run0: {message}.*the checkpoint of step 0 is whole: lower"):
+        train_mlm(max_iters=steps, learning_rate=1e39, val_interval=1)
+    checkpoints = work / "runs" / "run0" / "checkpoints"
+    assert [path.name for path in checkpoints.glob("step-*")] == ["step-0000000"]
+    assert {os.readlink(checkpoints / name) for name in ("best", "last")} == {"step-0000000"}
 
 
 def test_a_loss_on_the_floor_is_said_with_its_causes(train_mlm: Train, tmp_path: Path) -> None:

@@ -15,10 +15,10 @@ from commands import SMALL, VOCAB, Ended, World, bertling, make_world, write_lab
 from bertling.checkpoint import load_checkpoint
 from bertling.finetune import FinetuneResult, SeedResult
 from bertling.labelled import load_labelled, summarise_seeds
+from bertling.runs import Outcome
 from bertling.runtime import Runtime, int8_pays
 from bertling.tasks import ClassificationTask
 from bertling.tokenizer import Tokenizer
-from bertling.train import Outcome
 
 SHARED = Path(__file__).parents[2] / "shared" / "data" / "sst2"
 

@@ -31,7 +31,7 @@ DTYPES = torch.float32, torch.bfloat16
 def rates(settings: Settings, steps: int) -> list[float]:
     """The learning rate of each step, as the training loop asks for it."""
     schedule = build_schedule(settings, steps)
-    return [settings.learning_rate * schedule.factor((step + 1) / steps) for step in range(steps)]
+    return [settings.learning_rate * schedule.factor((step + 1) / steps, step + 1) for step in range(steps)]
 
 
 def test_cosine_rises_falls_to_the_floor_and_stays_there() -> None:
@@ -57,7 +57,7 @@ def test_trapezoid_rises_stays_and_falls_linearly() -> None:
 
 def test_a_cooldown_longer_than_the_run_begins_behind_the_warm_up() -> None:
     schedule = build_schedule(Settings(schedule="trapezoid", cooldown=1.0, warmup_iters=20), 100)
-    assert [schedule.factor(x) for x in (0.1, 0.2, 0.6, 1.0)] == pytest.approx([0.5, 1.0, 0.5, 0.0])
+    assert [schedule.factor(x, 1) for x in (0.1, 0.2, 0.6, 1.0)] == pytest.approx([0.5, 1.0, 0.5, 0.0])
 
 
 @pytest.mark.parametrize("kind", ["cosine", "trapezoid"])
@@ -65,7 +65,15 @@ def test_what_is_unset_follows_from_the_length_of_the_run(kind: str) -> None:
     pretraining = build_schedule(Settings(schedule=kind), 1000)
     assert (pretraining.warmup, pretraining.decay_end, pretraining.floor) == (0.02, 1.0, 0.0)
     assert build_schedule(Settings(task_type="sst2"), 1000).warmup == 0.06
-    assert build_schedule(Settings(schedule=kind), None) == pretraining  # by the clock
+
+
+@pytest.mark.parametrize("kind", ["cosine", "trapezoid"])
+def test_a_run_by_the_clock_warms_up_by_steps(kind: str) -> None:
+    schedule = build_schedule(Settings(schedule=kind, cooldown=0.5), None)
+    # Counting, evaluating and compiling may take more than a share of the time.
+    rates = [schedule.factor(0.1, step) / schedule.factor(0.1, 1000) for step in (1, 25, 50, 51)]
+    assert rates == pytest.approx([0.02, 0.5, 1.0, 1.0])
+    assert schedule.factor(1.0, 10) == 0.0  # a time that is over after ten steps
 
 
 @pytest.mark.parametrize("kind", ["cosine", "trapezoid"])

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from commands import bertling
 
+from bertling.runs import Outcome
 from bertling.settings import Settings
 from bertling.tools.plan import foretell, warnings
-from bertling.train import Outcome
 
 TINY = "--d-model 32 --n-layers 2 --heads 2 --batch-size 8 --device cpu --dtype fp32 --threads 1".split()
 

@@ -19,11 +19,12 @@ from bertling.files import BertlingError
 from bertling.finetune import FinetuneResult
 from bertling.model import BertForSequenceClassification
 from bertling.prepare import prepare
-from bertling.runs import Start, new_folder, open_run, resolve_start
+from bertling.runlog import RunLog
+from bertling.runs import Outcome, Start, new_folder, open_run, record, resolve_start
 from bertling.settings import Settings, read_ini
 from bertling.tasks import MaskedLMTask
 from bertling.tokenizer import Tokenizer
-from bertling.train import Outcome
+from bertling.train import Trainer
 
 Train = Callable[..., Outcome]
 Classify = Callable[..., FinetuneResult]
@@ -64,7 +65,9 @@ def about(run: Path) -> dict[str, Any]:
 
 def test_runs_are_numbered_or_named(work: Path) -> None:
     def start(**flags: Any) -> Path:
-        with open_run(Start(Settings(base_dir=work, **flags), frozenset())) as run:
+        settings = Settings(base_dir=work, **flags)
+        with open_run(Start(settings, frozenset())) as run:
+            record(run, settings, finished=False)
             return run
 
     (work / "runs" / "run7").mkdir(parents=True)
@@ -103,6 +106,23 @@ def test_a_longer_run_that_is_cut_off_remembers_its_length(train_mlm: Train, mon
     assert train_mlm(resume=True).step == 6
 
 
+def test_a_training_that_could_not_be_set_up_leaves_the_run_as_it_was(
+    train_mlm: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = train_mlm(max_iters=2).run
+    before = [(run / name).read_bytes() for name in ("config.ini", "run.json")]
+
+    def no_log(self: Trainer) -> RunLog:
+        raise BertlingError("wandb: not installed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "open_log", no_log)
+        with pytest.raises(BertlingError, match="not installed"):
+            train_mlm(cp=run, max_iters=4, wandb=True)
+    assert [(run / name).read_bytes() for name in ("config.ini", "run.json")] == before
+    assert train_mlm(cp=run, max_iters=4).step == 4
+
+
 def test_resume_takes_the_newest_unfinished_run(
     train_mlm: Train, stopped: Path, work: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -126,7 +146,8 @@ def test_a_resumed_run_keeps_its_settings(train_mlm: Train, stopped: Path) -> No
         ("batch_size", 16, "8"),
         ("seed", 5, "123"),
         ("preset", "modern", "bert"),
-        ("size", "mini", "None"),
+        ("size", "mini", "none"),
+        ("freeze_blocks", 1, "0"),
     ):
         key = name.replace("_", "-")
         with pytest.raises(
@@ -263,6 +284,12 @@ def test_a_resume_takes_the_run_that_is_named(
     assert resolve_start("pretrain", [], named, cp=None, resume=True).run == stopped
     with pytest.raises(BertlingError, match="holds no unfinished run of the name other to resume"):
         resolve_start("pretrain", [], named | {"run_id": "other"}, cp=None, resume=True)
+
+
+def test_fewer_epochs_than_are_done_are_refused(train_mlm: Train) -> None:
+    run = train_mlm(epochs=0.2).run
+    with pytest.raises(BertlingError, match=r"run0: is finished: it has done its epochs = 0\.2; raise --epochs"):
+        train_mlm(cp=run, epochs=0.1)
 
 
 def test_epochs_that_are_done_end_a_run(train_mlm: Train) -> None:

@@ -22,13 +22,14 @@ from bertling.model import BertForMaskedLM
 from bertling.prepare import prepare
 from bertling.presets import preset_config
 from bertling.runlog import read_metrics
+from bertling.runs import Outcome
 from bertling.runtime import Runtime, int8_pays
 from bertling.samples import match_samples, open_samples
 from bertling.settings import Settings
 from bertling.tasks import MaskedLMTask
 from bertling.tokenizer import Tokenizer
 from bertling.tools.verify_resume import timeless
-from bertling.train import Outcome, Trainer
+from bertling.train import Trainer
 
 # Losses of steps 1, 10, 20, 30, 40, 50 of the run in the test below, fp32, one thread, torch 2.13.
 GOLDEN = {

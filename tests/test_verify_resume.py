@@ -16,11 +16,12 @@ from conftest import TINY
 
 from bertling.checkpoint import step_folders
 from bertling.files import BertlingError
+from bertling.runs import Outcome
 from bertling.settings import Settings
 from bertling.tasks import MaskedLMTask
 from bertling.tools import verify_resume as tool
 from bertling.tools.verify_resume import verify_resume
-from bertling.train import Outcome, Trainer
+from bertling.train import Trainer
 
 KILLS = Path(__file__).parent.parent / "benchmarks" / "kills.py"
 

@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -244,8 +245,13 @@ def launch_self(start: Any) -> None:
         at = words.index("--resume")
         words[at : at + 1] = ["--cp", str(start.run)]
         words = [word for word in words if word != "--from-scratch"]
+    began = time.time()
     status = launch(start.settings, words)
-    sys.exit(STOPPED if status is None else status)
+    if status < 0:  # signals: a run that has a checkpoint by now can go on
+        steps = (start.settings.base_dir / "runs").glob("*/checkpoints/step-*")
+        saved = start.run is not None or any(path.stat().st_mtime >= began - 1 for path in steps)
+        status = STOPPED if saved else 128 - status
+    sys.exit(status)
 
 
 def draw(runs: Iterable[Path]) -> None:

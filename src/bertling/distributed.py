@@ -151,10 +151,10 @@ def launched() -> bool:
     return is_rank() or {"RANK", "WORLD_SIZE"} <= os.environ.keys()
 
 
-def launch(settings: Settings, arguments: Sequence[str]) -> int | None:
+def launch(settings: Settings, arguments: Sequence[str]) -> int:
     """Run `bertling ARGUMENTS` on several processes of this machine through torchrun.
 
-    Returns the exit status of the process that failed first, or None if signals ended them (each has saved then).
+    Returns the exit status of the process that failed first, or minus the number of the signal that ended them all.
     torchrun runs inside this process: it passes signals on and waits for the processes to save.
     """
     from torch.distributed.run import main as torchrun
@@ -173,8 +173,8 @@ def launch(settings: Settings, arguments: Sequence[str]) -> int | None:
         torchrun([*options, "-m", "--", "bertling", *arguments])
     except ChildFailedError as error:
         return max(1, error.get_first_failure()[1].exitcode)  # a killed process has a negative one
-    except SignalException:
-        return None
+    except SignalException as signal:
+        return -int(signal.sigval)
     except dist.DistError as error:
         raise BertlingError(
             f"dist-master-port: the processes could not meet ({one_line(error)}); is another training using this port?"

@@ -53,7 +53,7 @@ def stays_on_the_floor(step: int, progress: float, loss: float, floor: float | N
 
 
 def floor_warning(
-    *, progress: float, loss: float, floor: float, schedule: Schedule, rate: float, skipped: int, data: list[str]
+    progress: float, loss: float, floor: float, schedule: Schedule, rate: float, skipped: int, data: list[str]
 ) -> str:
     """One line on a loss that does not leave its floor, with the likely causes; `data` are those found in the data."""
     causes = list(data)

@@ -34,12 +34,12 @@ from bertling.pretrain import (
     say_loaded,
     sized_config,
 )
-from bertling.runs import SEEDS_PLAN, Start, check_free, open_shared_run
+from bertling.runs import SEEDS_PLAN, Outcome, Start, check_free, open_shared_run
 from bertling.runtime import Runtime, build_runtime
 from bertling.settings import Settings, settings_line
 from bertling.tasks import ClassificationTask, classification_floors, evaluate_classifier
 from bertling.tokenizer import Tokenizer
-from bertling.train import Outcome, Trainer
+from bertling.train import Trainer
 
 Say = Callable[[str], None]
 COLLAPSED = 0.01
@@ -242,6 +242,8 @@ def train_seed(
         )
         + f" of {settings.batch_size} texts; {runtime.describe()}"
     )
+    if seq_len < start.settings.seq_len and "seq_len" in start.explicit:
+        say(f"note: seq-len = {start.settings.seq_len}: the model reads at most {seq_len} tokens")
     if task.train.truncated:
         say(f"note: {task.train.truncated:,} training texts are longer than {seq_len} tokens, and cut there")
     with open_shared_run(replace(start, settings=settings), ranks) as run:

@@ -12,6 +12,8 @@ from bertling.settings import Settings
 HIDDEN = ("encoder.", "mlm_head.transform.", "pooler.")
 """Where the hidden matrices are, from vector to vector. Muon takes these; embeddings and scores have a row an entry."""
 MOMENTUM = 0.95
+FIRST_STEPS = 50
+"""Warm-up of a run by the clock: a share of its time might be over before its first step."""
 NEWTON_SCHULZ_BF16 = ((3.4445, -4.7750, 2.0315),) * 5
 NEWTON_SCHULZ_FP32 = (
     (8.3837, -24.7659, 18.3571),
@@ -151,9 +153,15 @@ class Schedule:
     """Lowest rate as a share of the highest."""
     cooldown: float
     """Trapezoid: share of the run, before decay_end, in which the rate falls linearly."""
+    first_steps: int = 1
+    """The step by which the rate has risen where only the clock ends the run: its first share goes to getting ready."""
 
-    def factor(self, progress: float) -> float:
-        """The share of the highest rate at this progress."""
+    def factor(self, progress: float, step: int) -> float:
+        """The share of the highest rate at this progress, in this step (the first one is 1)."""
+        return self.course(progress) * min(1.0, step / self.first_steps)
+
+    def course(self, progress: float) -> float:
+        """The same without those first steps."""
         if progress < self.warmup:
             return progress / self.warmup
         if progress >= self.decay_end:
@@ -172,10 +180,12 @@ def build_schedule(settings: Settings, total_steps: int | None) -> Schedule:
 
     `total_steps` is None in a run that only the clock ends: steps have no place in its schedule, nor its settings.
     """
-    default_warmup = 0.02 if settings.task_type == "mlm" else 0.06
-    warmup = default_warmup if settings.warmup_iters is None else min(1.0, settings.warmup_iters / (total_steps or 1))
-    end = 1.0 if settings.lr_decay_iters is None else min(1.0, settings.lr_decay_iters / (total_steps or 1))
     floor = (settings.min_learning_rate or 0.0) / settings.learning_rate
+    if total_steps is None:
+        return Schedule(settings.schedule, 0.0, 1.0, floor, settings.cooldown, FIRST_STEPS)
+    default_warmup = 0.02 if settings.task_type == "mlm" else 0.06
+    warmup = default_warmup if settings.warmup_iters is None else min(1.0, settings.warmup_iters / total_steps)
+    end = 1.0 if settings.lr_decay_iters is None else min(1.0, settings.lr_decay_iters / total_steps)
     return Schedule(settings.schedule, min(warmup, end), end, floor, settings.cooldown)
 
 

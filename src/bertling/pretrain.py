@@ -19,13 +19,13 @@ from bertling.distributed import Ranks
 from bertling.files import BertlingError
 from bertling.model import BertEncoder, BertForMaskedLM, Block, count_parameters
 from bertling.presets import ModelConfig, preset_config
-from bertling.runs import Start, data_paths, open_shared_run
+from bertling.runs import Outcome, Start, data_paths, open_shared_run
 from bertling.runtime import Runtime, build_runtime
 from bertling.samples import Samples, open_samples
 from bertling.settings import Settings, key_of, settings_line
 from bertling.tasks import MaskedLMTask
 from bertling.tokenizer import Tokenizer
-from bertling.train import Outcome, Trainer
+from bertling.train import Trainer
 
 Say = Callable[[str], None]
 NEIGHBOUR_SCORE = 16.0
@@ -57,6 +57,8 @@ def pretrain(start: Start, say: Say) -> Outcome:
         settings = as_trained(start, model.config, task.train.seq_len)
         say(settings_line(settings, "pretrain"))
         introduce(model, task, data, settings, runtime, ranks, say)
+        if data.train[0].labels and "mlm_probability" in start.explicit:
+            say("note: mlm-probability says nothing here: the masks are those that are stored with the data")
         with open_shared_run(replace(start, settings=settings), ranks) as run:
             trainer = Trainer(task, model, data.tokenizer, settings, runtime, ranks, run, state=start.state)
             if start.state is None:
@@ -361,6 +363,8 @@ def introduce(
         + f", {settings.optimizer}; {runtime.describe()}"
         + (f"; {ranks.world_size} processes" if ranks.world_size > 1 else "")
     )
+    if settings.epochs and settings.epochs < len(data.train):
+        say(f"note: each epoch is over one of the {len(data.train)} data sets: epochs = {settings.epochs:g} is not all")
     if steps and settings.max_minutes and (settings.warmup_iters is not None or settings.lr_decay_iters is not None):
         say(
             "note: should max-minutes end the run first, warmup-iters and lr-decay-iters count as shares of the "

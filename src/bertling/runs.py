@@ -29,7 +29,7 @@ SEEDS_PLAN = "seeds.json"
 FIXED = (
     "preset size d_model n_layers heads local_attention word_vectors dropout seq_len batch_size mlm_probability "
     "optimizer seed whole_word_masking dataset_pattern val_dataset_pattern train_input val_input text_column "
-    "label_column schedule dtype seeds"
+    "label_column schedule dtype seeds freeze_blocks"
 ).split()
 
 BUSY = (
@@ -51,6 +51,22 @@ class Start:
     state: TrainingState | None = None
     notes: tuple[str, ...] = ()
     """What the user should know: damaged checkpoints that were passed over."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended."""
+
+    run: Path
+    step: int
+    seconds: float
+    metrics: dict[str, float]
+    best_accuracy: float
+    best_step: int
+    finished: bool
+    """False when it was asked to stop early."""
+    skipped_steps: int = 0
+    """Steps that were left out because their loss or gradient was not finite."""
 
 
 def resolve_start(
@@ -93,8 +109,9 @@ def resolve_start(
         if getattr(settings, name) != getattr(before, name):
             was = seeds_plan(run).get(name, getattr(before, name))
             raise BertlingError(
-                f"{key_of(name)} = {getattr(settings, name)}: the run {run} was started with {was} and keeps it; "
-                "leave it out, or start a new run from its weights with a new --run-id"
+                f"{key_of(name)} = {getattr(settings, name)}: the run {run} was started with "
+                f"{'none' if was is None else was} and keeps it; leave it out, or start a new run from its weights "
+                "with a new --run-id"
             )
     if read_json(run / "run.json", "run description").get("finished") and not seeds_left(run):
         check_longer(run, settings, before, flags, state)
@@ -129,9 +146,11 @@ def seeds_plan(run: Path) -> dict[str, Any]:
 
 
 def seeds_left(run: Path) -> bool:
-    """Whether a finished run is one seed of several, was the last to be done, and others were to follow."""
+    """Whether a finished run is one seed of several, was the last to be done, and others or the sums were to follow."""
     if not (run / SEEDS_PLAN).exists():
         return False
+    if not (run / "result.json").exists():
+        return True
     try:
         plans = {path.parent: read_json(path, "plan of seeds") for path in run.parent.glob(f"*/{SEEDS_PLAN}")}
         runs, seeds = plans[run]["runs"], plans[run]["seeds"]
@@ -178,8 +197,8 @@ def data_paths(start: Start) -> tuple[list[Path], list[Path]]:
         for path in (*trained, scored):
             if not path.exists():
                 raise BertlingError(
-                    f"{path}: is gone, and the run {start.run} was trained on it; put it back, or start a new run from "
-                    "its weights with a new --run-id"
+                    f"{path}: is gone, and the run {start.run} was trained on it; put it back, name the work folder "
+                    "that it lies in by --base-dir, or start a new run from its weights with a new --run-id"
                 )
         return trained, [scored]
     patterns = (settings.dataset_pattern, settings.val_dataset_pattern)
@@ -217,15 +236,15 @@ def check_longer(
             )
     limits = [(getattr(before, name), value) for name, value in reached.items()]
     ended_by_them = any(limit is not None and limit <= value for limit, value in limits)
-    if settings.epochs is not None and settings.epochs == before.epochs and not ended_by_them:
-        raise BertlingError(f"{run}: is finished: it has done its epochs = {settings.epochs:g}; raise --epochs")
+    if settings.epochs is not None and settings.epochs <= (before.epochs or 0) and not ended_by_them:
+        raise BertlingError(f"{run}: is finished: it has done its epochs = {before.epochs:g}; raise --epochs")
 
 
 @contextmanager
 def open_run(start: Start) -> Iterator[Path]:
     """The folder of the run to go on in, or a new one, for this process alone.
 
-    Its settings are in it, it is unfinished from now on, and what a killed process left half-written is gone.
+    What a killed process left half-written is gone. Settings and state of the run stay: it may still be refused.
     """
     folder = start.run or new_folder(start.settings)
     with ExitStack() as stack:
@@ -237,9 +256,13 @@ def open_run(start: Start) -> Iterator[Path]:
             sweep(place)
         if start.run is None:
             shutil.rmtree(folder / "logs", ignore_errors=True)  # of one that never began
-        atomic_write(folder / "config.ini", start.settings.to_ini())
-        write_json(folder / "run.json", {"task": start.settings.task_type, "finished": False})
         yield folder
+
+
+def record(run: Path, settings: Settings, *, finished: bool) -> None:
+    """Write down what a run is, and whether it has come to its end."""
+    atomic_write(run / "config.ini", settings.to_ini())
+    write_json(run / "run.json", {"task": settings.task_type, "finished": finished})
 
 
 @contextmanager

@@ -64,7 +64,7 @@ class Settings:
     # what is trained
     preset: Literal["modern", "bert", "distilbert", "seed"] = setting("modern", "anatomy of the model")
     size: Literal["mini", "small", "base"] | None = setting(None, "size of the model; unset: mini")
-    d_model: int | None = setting(None, "width of the model (hidden size); wins over size", minimum=1, maximum=65536)
+    d_model: int | None = setting(None, "width of the model (hidden size); wins over size", minimum=1, maximum=16384)
     n_layers: int | None = setting(None, "number of layers; wins over size", minimum=1, maximum=1024)
     heads: int | None = setting(None, "number of attention heads; wins over size", minimum=1, maximum=4096)
     local_attention: int | None = setting(
@@ -116,7 +116,7 @@ class Settings:
     )
     max_minutes: float | None = setting(None, "wall-clock budget of the training in minutes", above=0)
     epochs: float | None = setting(
-        None, "passes over the training data; unset: 3 when fine-tuning without max-iters or max-minutes", above=0
+        None, "passes over the data, one set each; unset: 3 when fine-tuning without max-iters or max-minutes", above=0
     )
 
     # how fast it learns
@@ -133,7 +133,7 @@ class Settings:
     )
     cooldown: float = setting(0.5, "trapezoid: share of the run in which the rate falls", above=0, maximum=1)
     warmup_iters: int | None = setting(
-        None, "steps in which the rate rises; unset: 2 % of the run (6 % when fine-tuning)", minimum=0
+        None, "steps in which the rate rises; unset: 2 % of the run (6 % when fine-tuning; 50 by the clock)", minimum=0
     )
     lr_decay_iters: int | None = setting(
         None, "step at which the rate has fallen to its lowest; unset: the last", minimum=1
@@ -170,7 +170,7 @@ class Settings:
     compile: Literal["auto", "true", "false"] = setting("auto", "torch.compile; auto: long pre-training on a GPU")
     fused_adamw: bool = setting(True, "AdamW in one fused kernel")
     async_to_device: bool = setting(True, "pinned, non-blocking copies to the device")
-    threads: int | None = setting(None, "CPU threads of each process; unset: the cores, shared out", minimum=1)
+    threads: int | None = setting(None, "CPU threads a process; unset: the cores, shared out", minimum=1, maximum=1024)
     ddp: bool = setting(False, "train on several processes, launched through torchrun")
     nproc: int | None = setting(None, "processes with ddp; unset: one for each GPU, else 2", minimum=1, maximum=1024)
     dist_master_addr: str = setting("127.0.0.1", "address where the processes meet")

@@ -1,7 +1,7 @@
 """The training loop: it is given a task and never asks which one it is."""
 
+import math
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from bertling.illustrate import to_svg
 from bertling.int8 import use_int8
 from bertling.model import BertEncoder
 from bertling.runlog import RunLog
+from bertling.runs import Outcome, record
 from bertling.runtime import Runtime, keep_freed_memory, step_seed
 from bertling.settings import Settings
 from bertling.tasks import Task
@@ -29,22 +30,6 @@ BAD_STEPS, LOWER_RATE = 5, 0.5
 """So many steps in a row without a finite loss and gradient send the run back, to go on at this share of the rate."""
 FAILED_SAVES, RETRY_SECONDS = 3, 10
 """So many checkpoints in a row that the disk refused end the run; at its end, a new try every so many seconds."""
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a run ended."""
-
-    run: Path
-    step: int
-    seconds: float
-    metrics: dict[str, float]
-    best_accuracy: float
-    best_step: int
-    finished: bool
-    """False when it was asked to stop early."""
-    skipped_steps: int = 0
-    """Steps that were left out because their loss or gradient was not finite."""
 
 
 class Trainer:
@@ -95,6 +80,8 @@ class Trainer:
         if self.runtime.compile:
             self.model.compile()
         with stop_requests() as stop, self.open_log() as log:
+            if self.ranks.first:  # not before: a training that could not be set up leaves the run as it was
+                record(self.run, self.settings, finished=False)
             self.started = time.perf_counter() - self.seconds
             if self.evaluated_step < 0:
                 self.evaluate(log, 0.0)
@@ -135,7 +122,7 @@ class Trainer:
         """One optimizer step over the global batch; returns this process's share of its mean loss."""
         # The rate of a step is that of its end, so that the first one is not spent at rate zero.
         ahead = 0.0 if self.total_steps is None else 1 / self.total_steps
-        factor = self.rate * self.schedule.factor(min(progress + ahead, 1.0))
+        factor = self.rate * self.schedule.factor(min(progress + ahead, 1.0), self.step + 1)
         self.learning_rate = optim.set_learning_rate(self.optimizers, factor)
         loss = self.backward()
         self.ranks.sum_gradients(self.model)
@@ -261,10 +248,10 @@ class Trainer:
         metrics = self.task.evaluate(self.model, self.runtime, self.ranks)
         # What the first process saw holds for all: a rounding elsewhere must not make another step the best.
         self.metrics = dict(zip(metrics, self.ranks.from_first(list(metrics.values())), strict=True))
-        if self.step and self.metrics["eval/accuracy"] > self.best_accuracy:
+        self.evaluated_step = self.step
+        if self.step and self.sound() and self.metrics["eval/accuracy"] > self.best_accuracy:
             self.best_accuracy, self.best_step = self.metrics["eval/accuracy"], self.step
         log.evaluation(self.step, {**self.metrics, **self.task.floors}, seconds=self.clock())
-        self.evaluated_step = self.step
         if self.ranks.first and (example := self.task.illustrate(self.model, self.runtime, self.turn)):
             log.illustration(example.plain, example.colour)
             with skipped_where_disk_fails():
@@ -273,23 +260,22 @@ class Trainer:
         loss, floor = self.metrics["eval/loss"], self.task.floors.get("floor_loss/unigram")
         if floor and not self.warned and stays_on_the_floor(self.step, progress, loss, floor):
             self.warned = True
-            log.line(
-                floor_warning(
-                    progress=progress,
-                    loss=loss,
-                    floor=floor,
-                    schedule=self.schedule,
-                    rate=self.rate * self.settings.learning_rate,
-                    skipped=self.skipped_steps,
-                    data=self.task.suspects(),
-                )
-            )
+            rate, skipped = self.rate * self.settings.learning_rate, self.skipped_steps
+            log.line(floor_warning(progress, loss, floor, self.schedule, rate, skipped, self.task.suspects()))
+
+    def sound(self) -> bool:
+        """Whether all weights are finite, and the loss on the validation set too, where this step was evaluated."""
+        loss = self.metrics["eval/loss"] if self.evaluated_step == self.step else 0.0
+        return math.isfinite(loss) and all(bool(weight.isfinite().all()) for weight in self.parameters)
 
     def save(self, log: RunLog) -> None:
         """Write a checkpoint; it is the best one if the evaluation of this very step was the best so far.
 
         A disk that is full, or fails, does not end the run: the checkpoint before is whole, and the next may succeed.
+        Weights that ran away are not written: the steps that follow send the run back to those before.
         """
+        if not self.sound():
+            return
         recent, trouble = self.recent().tolist(), None
         if self.ranks.first:
             try:
@@ -384,13 +370,18 @@ class Trainer:
         if done and self.evaluated_step != self.step:
             self.evaluate(log, 1.0)
             unsaved = True
+        if unsaved and not self.sound():
+            raise BertlingError(
+                f"{self.run}: no finite loss at step {self.step:,}; the checkpoint of step {self.saved_step:,} is "
+                "whole: lower learning-rate (or muon-learning-rate), or raise warmup-iters"
+            )
         while unsaved:
             self.save(log)
             unsaved = self.failed_saves > 0
             if unsaved:
                 time.sleep(RETRY_SECONDS)
         if self.ranks.first:
-            write_json(self.run / "run.json", {"task": self.settings.task_type, "finished": done})
+            record(self.run, self.settings, finished=done)
             if not done:
                 log.line(f"stopped at step {self.step:,}, and saved; go on with --cp {self.run}")
         best = self.best_accuracy, self.best_step

@@ -24,8 +24,7 @@ from bertling.tools.quickstart_text import collect_english
 if TYPE_CHECKING:
     from bertling.finetune import FinetuneResult
     from bertling.inference import Classified, Filled
-    from bertling.runs import Start
-    from bertling.train import Outcome
+    from bertling.runs import Outcome, Start
 
 Say = Callable[[str], None]
 
