@@ -1,8 +1,10 @@
 """Fetching from a hub: a small server on 127.0.0.1 speaks its protocol, breaks off, and refuses."""
 
+import errno
 import hashlib
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -10,10 +12,14 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import pytest
+
+from bertling.files import BertlingError
+from bertling.tools.download import download as fetch
 
 pytest.importorskip("huggingface_hub")
 
@@ -224,6 +230,43 @@ def test_refusals_in_one_line(hub: Hub, tmp_path: Path, name: str, message: str)
     assert ended.returncode == 2
     assert ended.stderr.splitlines()[-1].startswith(message)
     assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        ("notes.txt", "notes.txt: is a file; give a folder for the download"),
+        ("notes.txt/deeper", r"\S*notes.txt/deeper\S*: a part of this path is a file, not a folder: .*"),
+        ("taken", r"\S*taken/data: a file of this name is in the way: choose another path"),
+    ],
+)
+def test_a_file_in_the_way_is_named(hub: Hub, tmp_path: Path, output: str, message: str) -> None:
+    (tmp_path / "taken").mkdir()
+    for name in ("notes.txt", "taken/data"):
+        (tmp_path / name).write_text("mine")
+    ended = download(hub.endpoint, tmp_path, "sst2", "-o", output)
+    assert ended.returncode == 2
+    assert re.fullmatch(f"error: {message}", ended.stderr.splitlines()[-1])
+    assert "Traceback" not in ended.stderr
+    assert (hub.log == []) == (output == "notes.txt"), "what cannot be is refused before the hub is asked"
+
+
+@pytest.mark.parametrize(
+    ("file", "named"), [("m/config.json", "m/config.json: "), (None, r"m, or the hub's cache \(HF_HOME\): ")]
+)
+def test_a_full_disk_is_no_lost_connection(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str | None, named: str
+) -> None:
+    def full(*args: Any, **options: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", file)
+
+    entry = SimpleNamespace(rfilename="config.json", size=2)
+    info = SimpleNamespace(sha=SHA, siblings=[entry], card_data=None, tags=[])
+    monkeypatch.setattr("huggingface_hub.HfApi.repo_info", lambda *args, **options: info)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", full)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(BertlingError, match=f"^{named}the disk is full: free some space, then run the same command"):
+        fetch("someone/m", None, lambda text: None)
 
 
 def test_offline_it_says_what_to_place_where(tmp_path: Path) -> None:
