@@ -121,6 +121,7 @@ def test_columns_by_name_and_by_number(tmp_path: Path) -> None:
         ("a.tsv", "sentence\tlabel\n\t0\n \t1\n", "all of its texts are empty"),
         ("a.tsv", "phrase\tlabel\nx\t0\n", "no text column was recognised; its columns are 'phrase', 'label'"),
         ("a.csv", "text,mark\nx,0\n", "no label column was recognised; its columns are 'text', 'mark'"),
+        ("a.csv", "text,text,label\nx,y,0\n", r"a\.csv: has 2 columns named 'text'; rename one"),
         ("a.tsv", "text\tlabel\nx\t0\ny\n", r"a\.tsv: line 3: 1 fields instead of 2"),
         ("a.csv", "text,label\nx,0\ny,z,1\n", r"a\.csv: line 3: 3 fields instead of 2; quote a text"),
         ("a.csv", 'text,label\n"x"y,0\n', r"a\.csv: line 2: is not valid CSV"),
@@ -155,6 +156,11 @@ def test_more_bad_files(tmp_path: Path) -> None:
         load_labelled(write_parquet(tmp_path, text=["a"], label=[0]), label_column="stars")
     with pytest.raises(BertlingError, match=r"row 1: the label 0\.5 is neither"):
         load_labelled(write_parquet(tmp_path, text=["a", "b"], label=[0.5, 1.0]))
+    twice = pa.table([["a"], ["b"], [0]], names=["text", "text", "label"])
+    pq.write_table(twice, tmp_path / "twice.parquet")
+    for column in (None, "text"):
+        with pytest.raises(BertlingError, match=r"twice\.parquet: has 2 columns named 'text'; rename one$"):
+            load_labelled(tmp_path / "twice.parquet", text_column=column)
     headless = write(tmp_path, "a.tsv", "x\t1\ny\t0\n")
     with pytest.raises(BertlingError, match="give both as names, or both as 0-based numbers"):
         load_labelled(headless, text_column=0)

@@ -254,6 +254,9 @@ def test_parquet_without_a_text_column_is_refused(tmp_path: Path) -> None:
         documents(path)
     with pytest.raises(BertlingError, match="column 'label' holds int64, not text"):
         documents(path, options=TextOptions(text_field="label"))
+    pyarrow.parquet.write_table(pyarrow.table([["a"], ["b"]], names=["text", "text"]), path)
+    with pytest.raises(BertlingError, match=r"a\.parquet: has 2 columns named 'text'; rename one$"):
+        documents(path)
     path.write_bytes(path.read_bytes()[:-5])
     with pytest.raises(BertlingError, match="damaged, or not a parquet file"):
         documents(path)

@@ -75,13 +75,15 @@ def shorten(value: object) -> str:
 
 
 def _choose(path: Path, there: Sequence[str], given: str | None, usual: Sequence[str], role: str) -> str:
-    """The column of this role: the one that was named, else the first usual name that is there."""
-    if given is not None and given in there:
-        return given
+    """The column of this role: the one that was named, else the first usual name that is there; twice is refused."""
     by_name = {name.strip().lower(): name for name in reversed(there)}
-    for name in usual if given is None else ():
-        if name in by_name:
-            return by_name[name]
+    found = given if given in there else None
+    if given is None:
+        found = next((by_name[name] for name in usual if name in by_name), None)
+    if found is not None:
+        if there.count(found) > 1:
+            raise BertlingError(f"{path}: has {there.count(found)} columns named {shorten(found)}; rename one")
+        return found
     problem = f"no {role} column was recognised" if given is None else f"there is no column {given!r}"
     shown = ", ".join(shorten(name) for name in there[:20])
     raise BertlingError(

@@ -360,6 +360,8 @@ def _parquet_records(path: Path, column: str, report: Callable[[int], None]) -> 
                 raise BertlingError(
                     f"{path}: no column '{column}' (it has {_names(schema.names)}); name the text's column"
                 )
+            if (same := schema.names.count(column)) > 1:
+                raise BertlingError(f"{path}: has {same} columns named '{column}'; rename one")
             kind = schema.field(column).type
             if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
                 raise BertlingError(f"{path}: column '{column}' holds {kind}, not text; name the text's column")
