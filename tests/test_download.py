@@ -18,11 +18,13 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
+import bertling
 from bertling.files import BertlingError
 from bertling.tools.download import download as fetch
 
 pytest.importorskip("huggingface_hub")
 
+BOX = {name: (Path(bertling.__file__).parent / "box" / name).read_bytes() for name in ("config.json", "vocab.txt")}
 SHA = "1f0c4e8a9b7d6c5e4f3a2b1c0d9e8f7a6b5c4d3e"
 REPOS: dict[str, dict[str, bytes]] = {
     "datasets/stanfordnlp/sst2": {
@@ -38,6 +40,8 @@ REPOS: dict[str, dict[str, bytes]] = {
         "onnx/model.onnx": b"for another program",
     },
     "models/someone/empty": {"picture.png": b"png"},
+    "models/someone/modern": BOX,
+    "models/someone/electra": BOX | {"config.json": BOX["config.json"].replace(b'"modernbert"', b'"electra"')},
 }
 GATED = "models/someone/gated"
 
@@ -184,6 +188,19 @@ def test_a_model_without_its_second_copies(hub: Hub, tmp_path: Path) -> None:
     assert "licence: mit" in ended.stderr.splitlines()[0]
     found = sorted(path.name for path in (tmp_path / "tiny-bert").iterdir() if path.name != ".cache")
     assert found == ["config.json", "model.safetensors", "vocab.txt"]
+
+
+@pytest.mark.parametrize(
+    ("name", "step"),
+    [
+        ("modern", "bertling finetune --cp modern"),
+        ("electra", "it cannot be used here: config.json: model_type = 'electra' is not supported"),
+    ],
+)
+def test_the_next_step_is_one_that_can_be_taken(hub: Hub, tmp_path: Path, name: str, step: str) -> None:
+    ended = download(hub.endpoint, tmp_path, f"someone/{name}")
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.splitlines()[-1].startswith(f"next: {step}")
 
 
 def test_a_connection_that_breaks_is_taken_up_where_it_broke(hub: Hub, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bertling.files import BertlingError, is_disk_full, readable_errors
+from bertling.files import BertlingError, is_disk_full, read_json, readable_errors
 from bertling.tokenizer import Tokenizer
 
 Say = Callable[[str], None]
@@ -134,8 +134,11 @@ def download(name: str, output: Path | None, say: Say) -> Download:
         ) from None
     step = (known.next_step if known else "bertling finetune --cp {folder}").format(folder=folder)
     if known is None:
+        from bertling.interop import config_from_hf
+
         try:
             Tokenizer.load(folder)
+            config_from_hf(read_json(folder / "config.json", "model configuration"))
         except BertlingError as error:
             step = f"it cannot be used here: {error}"
     return Download(repo, str(info.sha), licence, folder, wanted, step)
