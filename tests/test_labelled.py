@@ -3,6 +3,7 @@
 import gzip
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +34,7 @@ def make_texts(count: int, classes: int = 2, seed: int = 0) -> LabelledTexts:
 def write(folder: Path, name: str, content: str | bytes) -> Path:
     raw = content.encode() if isinstance(content, str) else content
     path = folder / name
-    path.write_bytes(gzip.compress(raw) if name.endswith(".gz") else raw)
+    path.write_bytes(gzip.compress(raw) if name.lower().endswith(".gz") else raw)
     return path
 
 
@@ -54,7 +55,9 @@ JSONL = "".join(json.dumps(record) + "\n" for record in RECORDS)
         ("data.tsv.gz", 'sentence\tlabel\na "good" film\t1\nb\t0\n'),
         ("data.csv", 'Label,id,Sentence\n1,7,"a ""good"" film"\n0,8,b\n'),
         ("data.csv.gz", 'label,sentence\n1,"a ""good"" film"\n\n0,b\n'),
+        ("data.TSV.GZ", 'sentence\tlabel\na "good" film\t1\nb\t0\n'),
         ("data.jsonl", JSONL),
+        ("data.ndjson", JSONL),
         ("data.jsonl.gz", JSONL),
     ],
 )
@@ -78,10 +81,13 @@ def test_tsv_does_not_quote_and_csv_does(tmp_path: Path) -> None:
 
 
 def test_parquet(tmp_path: Path) -> None:
-    data = load_labelled(write_parquet(tmp_path, idx=[0, 1], sentence=["a", "b"], label=[1, 0]))
-    assert data.texts == ["a", "b"]
-    assert data.labels is not None
-    assert data.labels.tolist() == [1, 0]
+    path = write_parquet(tmp_path, idx=[0, 1], sentence=["a", "b"], label=[1, 0])
+    shutil.copy(path, tmp_path / "DATA.PARQUET")
+    for one in (path, tmp_path / "DATA.PARQUET"):
+        data = load_labelled(one)
+        assert data.texts == ["a", "b"]
+        assert data.labels is not None
+        assert data.labels.tolist() == [1, 0]
 
 
 def test_labels_all_minus_one_mean_no_labels(tmp_path: Path) -> None:

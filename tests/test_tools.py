@@ -157,6 +157,8 @@ def test_scoring_masked_words_refuses_what_it_cannot_use(world: World, tmp_path:
         assert bertling(*begin, "--data", long, "--device", "cpu").error == (
             f"{long}: has rows of 32 ids, the model takes at most 16; prepare it again with -m 16"
         )
+        for table in (tmp_path / name for name in ("a.TSV", "a.csv.gz", "a.ndjson", "a.PARQUET")):
+            assert bertling(*begin, "--data", table).error.startswith(f"{table}: labelled texts, but")
 
 
 def test_the_anatomy_of_a_checkpoint_is_that_of_its_model(world: World) -> None:

@@ -15,9 +15,12 @@ import pyarrow
 import pyarrow.parquet
 
 from bertling.files import BertlingError, readable_errors
+from bertling.text import JSON_LINES
 
 TEXT_COLUMNS = ("sentence", "text", "review", "content", "question")
 LABEL_COLUMNS = ("label", "labels", "class", "target", "sentiment")
+TABLES = (".parquet", ".tsv", ".csv", *JSON_LINES)
+"""Endings of files of labelled texts."""
 MOST_BYTES = 1 << 30
 """Labelled texts are held in memory, so there is a limit."""
 
@@ -36,14 +39,19 @@ def read_columns(path: Path, text_column: str | int | None, label_column: str | 
     """The two columns: as named, or by their usual names, or by 0-based numbers in a table without a header."""
     text = None if text_column is None else str(text_column)
     label = None if label_column is None else str(label_column)
-    suffix = Path(path.name.removesuffix(".gz")).suffix.lower()
-    if path.name.endswith(".parquet"):
+    ending = table_ending(path)
+    if path.suffix.lower() == ".parquet":
         return _read_parquet(path, text, label)
-    if suffix == ".jsonl":
+    if ending in JSON_LINES:
         return _read_jsonl(path, text, label)
-    if suffix in (".tsv", ".csv"):
-        return _read_table(path, text, label, tabs=suffix == ".tsv")
+    if ending in (".tsv", ".csv"):
+        return _read_table(path, text, label, tabs=ending == ".tsv")
     raise BertlingError(f"{path}: labelled texts come as .parquet, .tsv, .csv or .jsonl; rename or convert it")
+
+
+def table_ending(path: Path) -> str:
+    """The ending of a file's name that says what it holds, in lower case, the .gz behind it left out."""
+    return Path(path.name.lower().removesuffix(".gz")).suffix
 
 
 def decode_utf8(name: Path | str, raw: bytes, first_line: int = 1) -> str:
@@ -121,7 +129,7 @@ def open_bytes(path: Path) -> Iterator[IO[bytes]]:
     """Open a file for reading, through gzip if it ends in .gz; what cannot be read is one clear line."""
     with readable_errors(path):
         try:
-            opener: Any = gzip.open if path.name.endswith(".gz") else open
+            opener: Any = gzip.open if path.name.lower().endswith(".gz") else open
             with opener(path, "rb") as file:
                 yield file
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:

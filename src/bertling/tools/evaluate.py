@@ -12,9 +12,8 @@ from bertling.model import BertForMaskedLM
 from bertling.runtime import Runtime, build_runtime
 from bertling.samples import Samples, open_samples
 from bertling.settings import Settings, parse_settings, read_ini
+from bertling.tables import TABLES, table_ending
 from bertling.tasks import EVAL_MASKS, classifier_batches, evaluate_classifier, evaluate_masked_lm, mlm_floors
-
-TABLES = (".tsv", ".csv", ".jsonl", ".parquet")
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ def load_for(cp: Path, data: Path, text_column: str | None, label_column: str | 
     loaded = load_checkpoint(cp)
     if head_of(loaded.model) == "none":
         raise BertlingError(f"{cp}: an encoder without a head has nothing to score; fine-tune it first")
-    table = data.name.removesuffix(".gz").endswith(TABLES)
+    table = table_ending(data) in TABLES
     if isinstance(loaded.model, BertForMaskedLM) and table:
         raise BertlingError(
             f"{data}: labelled texts, but {cp} is a masked language model: name a data set of 'bertling prepare', "
