@@ -6,10 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from static_files import write_msgpack
 
 from bertling.batches import Batch, MaskedBatches, check_samples, evaluation_batches
 from bertling.files import BertlingError
-from bertling.packed import IGNORED, write_msgpack
+from bertling.packed import IGNORED
 from bertling.samples import Samples, SamplesWriter, open_samples
 from bertling.tokenizer import Tokenizer
 

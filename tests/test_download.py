@@ -1,8 +1,10 @@
 """Fetching from a hub: a small server on 127.0.0.1 speaks its protocol, breaks off, and refuses."""
 
+import errno
 import hashlib
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -10,13 +12,19 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import pytest
 
+import bertling
+from bertling.files import BertlingError
+from bertling.tools.download import download as fetch
+
 pytest.importorskip("huggingface_hub")
 
+BOX = {name: (Path(bertling.__file__).parent / "box" / name).read_bytes() for name in ("config.json", "vocab.txt")}
 SHA = "1f0c4e8a9b7d6c5e4f3a2b1c0d9e8f7a6b5c4d3e"
 REPOS: dict[str, dict[str, bytes]] = {
     "datasets/stanfordnlp/sst2": {
@@ -32,6 +40,8 @@ REPOS: dict[str, dict[str, bytes]] = {
         "onnx/model.onnx": b"for another program",
     },
     "models/someone/empty": {"picture.png": b"png"},
+    "models/someone/modern": BOX,
+    "models/someone/electra": BOX | {"config.json": BOX["config.json"].replace(b'"modernbert"', b'"electra"')},
 }
 GATED = "models/someone/gated"
 
@@ -180,6 +190,19 @@ def test_a_model_without_its_second_copies(hub: Hub, tmp_path: Path) -> None:
     assert found == ["config.json", "model.safetensors", "vocab.txt"]
 
 
+@pytest.mark.parametrize(
+    ("name", "step"),
+    [
+        ("modern", "bertling finetune --cp modern"),
+        ("electra", "it cannot be used here: config.json: model_type = 'electra' is not supported"),
+    ],
+)
+def test_the_next_step_is_one_that_can_be_taken(hub: Hub, tmp_path: Path, name: str, step: str) -> None:
+    ended = download(hub.endpoint, tmp_path, f"someone/{name}")
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.splitlines()[-1].startswith(f"next: {step}")
+
+
 def test_a_connection_that_breaks_is_taken_up_where_it_broke(hub: Hub, tmp_path: Path) -> None:
     hub.breaks = 1
     ended = download(hub.endpoint, tmp_path, "sst2")
@@ -224,6 +247,43 @@ def test_refusals_in_one_line(hub: Hub, tmp_path: Path, name: str, message: str)
     assert ended.returncode == 2
     assert ended.stderr.splitlines()[-1].startswith(message)
     assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        ("notes.txt", "notes.txt: is a file; give a folder for the download"),
+        ("notes.txt/deeper", r"\S*notes.txt/deeper\S*: a part of this path is a file, not a folder: .*"),
+        ("taken", r"\S*taken/data: a file of this name is in the way: choose another path"),
+    ],
+)
+def test_a_file_in_the_way_is_named(hub: Hub, tmp_path: Path, output: str, message: str) -> None:
+    (tmp_path / "taken").mkdir()
+    for name in ("notes.txt", "taken/data"):
+        (tmp_path / name).write_text("mine")
+    ended = download(hub.endpoint, tmp_path, "sst2", "-o", output)
+    assert ended.returncode == 2
+    assert re.fullmatch(f"error: {message}", ended.stderr.splitlines()[-1])
+    assert "Traceback" not in ended.stderr
+    assert (hub.log == []) == (output == "notes.txt"), "what cannot be is refused before the hub is asked"
+
+
+@pytest.mark.parametrize(
+    ("file", "named"), [("m/config.json", "m/config.json: "), (None, r"m, or the hub's cache \(HF_HOME\): ")]
+)
+def test_a_full_disk_is_no_lost_connection(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str | None, named: str
+) -> None:
+    def full(*args: Any, **options: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", file)
+
+    entry = SimpleNamespace(rfilename="config.json", size=2)
+    info = SimpleNamespace(sha=SHA, siblings=[entry], card_data=None, tags=[])
+    monkeypatch.setattr("huggingface_hub.HfApi.repo_info", lambda *args, **options: info)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", full)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(BertlingError, match=f"^{named}the disk is full: free some space, then run the same command"):
+        fetch("someone/m", None, lambda text: None)
 
 
 def test_offline_it_says_what_to_place_where(tmp_path: Path) -> None:

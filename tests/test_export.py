@@ -170,6 +170,15 @@ def test_an_existing_folder_goes_only_by_force(save: Any, tmp_path: Path) -> Non
     assert (out / "mine.txt").exists()
 
 
+def test_a_file_is_not_replaced_by_an_export(save: Any, tmp_path: Path) -> None:
+    folder, notes = save("bert"), tmp_path / "notes.txt"
+    notes.write_text("mine")
+    for more in ([], ["--force"]):
+        ended = bertling("export", "--cp", folder, "--format", "hf", "-o", notes, *more)
+        assert ended.error == f"{notes}: is a file; give a folder for the model"
+    assert notes.read_text() == "mine"
+
+
 def test_a_model_is_not_replaced_by_its_export(train_mlm: Any, tmp_path: Path) -> None:
     run = train_mlm(max_iters=1, preset="bert").run
     for cp, out in ((run, run), (run, run.parent), (run / "checkpoints" / "last", run / "checkpoints")):

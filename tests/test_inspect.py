@@ -5,9 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from static_files import write_msgpack
 
 from bertling.files import BertlingError
-from bertling.packed import IGNORED, write_msgpack
+from bertling.packed import IGNORED
 from bertling.samples import SamplesWriter
 from bertling.tokenizer import SPECIAL_TOKENS, Tokenizer
 from bertling.tools.inspect import inspect

@@ -3,6 +3,7 @@
 import gzip
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +34,7 @@ def make_texts(count: int, classes: int = 2, seed: int = 0) -> LabelledTexts:
 def write(folder: Path, name: str, content: str | bytes) -> Path:
     raw = content.encode() if isinstance(content, str) else content
     path = folder / name
-    path.write_bytes(gzip.compress(raw) if name.endswith(".gz") else raw)
+    path.write_bytes(gzip.compress(raw) if name.lower().endswith(".gz") else raw)
     return path
 
 
@@ -54,7 +55,9 @@ JSONL = "".join(json.dumps(record) + "\n" for record in RECORDS)
         ("data.tsv.gz", 'sentence\tlabel\na "good" film\t1\nb\t0\n'),
         ("data.csv", 'Label,id,Sentence\n1,7,"a ""good"" film"\n0,8,b\n'),
         ("data.csv.gz", 'label,sentence\n1,"a ""good"" film"\n\n0,b\n'),
+        ("data.TSV.GZ", 'sentence\tlabel\na "good" film\t1\nb\t0\n'),
         ("data.jsonl", JSONL),
+        ("data.ndjson", JSONL),
         ("data.jsonl.gz", JSONL),
     ],
 )
@@ -78,10 +81,13 @@ def test_tsv_does_not_quote_and_csv_does(tmp_path: Path) -> None:
 
 
 def test_parquet(tmp_path: Path) -> None:
-    data = load_labelled(write_parquet(tmp_path, idx=[0, 1], sentence=["a", "b"], label=[1, 0]))
-    assert data.texts == ["a", "b"]
-    assert data.labels is not None
-    assert data.labels.tolist() == [1, 0]
+    path = write_parquet(tmp_path, idx=[0, 1], sentence=["a", "b"], label=[1, 0])
+    shutil.copy(path, tmp_path / "DATA.PARQUET")
+    for one in (path, tmp_path / "DATA.PARQUET"):
+        data = load_labelled(one)
+        assert data.texts == ["a", "b"]
+        assert data.labels is not None
+        assert data.labels.tolist() == [1, 0]
 
 
 def test_labels_all_minus_one_mean_no_labels(tmp_path: Path) -> None:
@@ -121,6 +127,7 @@ def test_columns_by_name_and_by_number(tmp_path: Path) -> None:
         ("a.tsv", "sentence\tlabel\n\t0\n \t1\n", "all of its texts are empty"),
         ("a.tsv", "phrase\tlabel\nx\t0\n", "no text column was recognised; its columns are 'phrase', 'label'"),
         ("a.csv", "text,mark\nx,0\n", "no label column was recognised; its columns are 'text', 'mark'"),
+        ("a.csv", "text,text,label\nx,y,0\n", r"a\.csv: has 2 columns named 'text'; rename one"),
         ("a.tsv", "text\tlabel\nx\t0\ny\n", r"a\.tsv: line 3: 1 fields instead of 2"),
         ("a.csv", "text,label\nx,0\ny,z,1\n", r"a\.csv: line 3: 3 fields instead of 2; quote a text"),
         ("a.csv", 'text,label\n"x"y,0\n', r"a\.csv: line 2: is not valid CSV"),
@@ -155,6 +162,11 @@ def test_more_bad_files(tmp_path: Path) -> None:
         load_labelled(write_parquet(tmp_path, text=["a"], label=[0]), label_column="stars")
     with pytest.raises(BertlingError, match=r"row 1: the label 0\.5 is neither"):
         load_labelled(write_parquet(tmp_path, text=["a", "b"], label=[0.5, 1.0]))
+    twice = pa.table([["a"], ["b"], [0]], names=["text", "text", "label"])
+    pq.write_table(twice, tmp_path / "twice.parquet")
+    for column in (None, "text"):
+        with pytest.raises(BertlingError, match=r"twice\.parquet: has 2 columns named 'text'; rename one$"):
+            load_labelled(tmp_path / "twice.parquet", text_column=column)
     headless = write(tmp_path, "a.tsv", "x\t1\ny\t0\n")
     with pytest.raises(BertlingError, match="give both as names, or both as 0-based numbers"):
         load_labelled(headless, text_column=0)

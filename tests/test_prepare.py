@@ -254,14 +254,21 @@ def test_a_single_document_is_cut_into_contiguous_blocks(tmp_path: Path, method:
         assert [round(size / sum(sizes), 1) for size in sizes] == [0.8, 0.1, 0.1]
 
 
-@pytest.mark.parametrize("lengths", [[50] * 3, [50] * 4, [3000, 30, 30]])
-def test_documents_that_would_give_other_shares_are_cut(tmp_path: Path, lengths: list[int]) -> None:
+@pytest.mark.parametrize("method", ["split", "segment"])
+@pytest.mark.parametrize(
+    ("lengths", "held"), [([50] * 3, [3, 1, 1]), ([50] * 4, [4, 1, 1]), ([3000, 30, 30], [1, 1, 3])]
+)
+def test_documents_that_would_give_other_shares_are_cut(
+    tmp_path: Path, lengths: list[int], held: list[int], method: str
+) -> None:
     documents = [document(i, words) for i, words in enumerate(lengths)]
-    card = run(write(tmp_path / "t.txt", documents), tmp_path / "out")
+    card = run(write(tmp_path / "t.txt", documents), tmp_path / "out", method=method)
     assert card.notes == [f"{len(lengths)}{BLOCKS}"]
+    assert [split.documents for split in card.splits.values()] == held
+    assert {both["documents"] for both in card.overlap.values()} == {1}  # the one that both cuts go through
     tokens = [split.tokens - 2 * split.samples for split in card.splits.values()]
     assert tokens[0] / sum(tokens) == pytest.approx(0.8, abs=0.06)
-    assert tokens[1] == pytest.approx(tokens[2], abs=1)
+    assert tokens[1] == pytest.approx(tokens[2], abs=1 if method == "split" else 2 * WIDTH)
 
 
 def test_few_documents_that_come_near_the_shares_stay_whole(tmp_path: Path) -> None:

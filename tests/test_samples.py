@@ -10,9 +10,10 @@ from typing import Any
 import msgpack
 import numpy as np
 import pytest
+from static_files import write_msgpack
 
 from bertling.files import BertlingError, atomic_folder
-from bertling.packed import IGNORED, ROWS_PER_READ, write_msgpack
+from bertling.packed import IGNORED, ROWS_PER_READ
 from bertling.samples import MANIFEST, Samples, SamplesWriter, match_samples, open_samples, unigram_floors
 
 SEQ_LEN = 8

@@ -18,6 +18,7 @@ from bertling.text import MAX_PIECE, Lines, TextOptions, iter_documents, read_pi
 
 TINY = Path(__file__).parent / "assets" / "tiny.txt"
 WIKITEXT = Path(__file__).parents[2] / "shared" / "data" / "wikitext-103" / "wiki.valid.tokens"
+CATEGORY = pyarrow.dictionary(pyarrow.int32(), pyarrow.string())
 RECORDS = ["first text\nwith two lines", "second text", "  ", "third"]
 
 
@@ -66,7 +67,7 @@ def test_json_lines_are_documents_in_each_packing(tmp_path: Path, packing: str) 
     assert documents(path) == [RECORDS[0], RECORDS[1], RECORDS[3]]
 
 
-@pytest.mark.parametrize("kind", [pyarrow.string(), pyarrow.large_string()])
+@pytest.mark.parametrize("kind", [pyarrow.string(), pyarrow.large_string(), CATEGORY])
 def test_parquet_rows_are_documents(tmp_path: Path, kind: Any) -> None:
     table = pyarrow.table({"body": pyarrow.array([*RECORDS, None], kind), "n": [1, 2, 3, 4, 5]})
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
@@ -254,6 +255,9 @@ def test_parquet_without_a_text_column_is_refused(tmp_path: Path) -> None:
         documents(path)
     with pytest.raises(BertlingError, match="column 'label' holds int64, not text"):
         documents(path, options=TextOptions(text_field="label"))
+    pyarrow.parquet.write_table(pyarrow.table([["a"], ["b"]], names=["text", "text"]), path)
+    with pytest.raises(BertlingError, match=r"a\.parquet: has 2 columns named 'text'; rename one$"):
+        documents(path)
     path.write_bytes(path.read_bytes()[:-5])
     with pytest.raises(BertlingError, match="damaged, or not a parquet file"):
         documents(path)

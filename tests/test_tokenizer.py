@@ -213,6 +213,15 @@ def test_rare_characters_get_no_entry() -> None:
     assert trained.tokens(trained.encode("the \u0416")) == ["the", "[UNK]"]
 
 
+def test_unknown_words_of_wikitext_give_no_entry(tmp_path: Path) -> None:
+    text = " = Kites = \n the <unk> flew to <unk>\n the kite and <unk> - <unk>\n"
+    (tmp_path / "with.txt").write_text(text * 20)
+    (tmp_path / "without.txt").write_text(text.replace("<unk>", "") * 20)
+    trained, other = (train_vocabulary(Lines([tmp_path / name]), 42) for name in ("with.txt", "without.txt"))
+    assert trained.entries == other.entries
+    assert not {"unk", "[", "]"} & trained.ids.keys()
+
+
 @pytest.mark.parametrize(
     ("lines", "size", "message"),
     [

@@ -145,6 +145,22 @@ def test_the_anatomy_of_each_preset_adds_up(preset: str) -> None:
     assert not any(line.startswith(" ") for line in lines)
 
 
+def test_scoring_masked_words_refuses_what_it_cannot_use(world: World, tmp_path: Path) -> None:
+    words = ["prepare", "-i", TEXT, "-l", "long", "-o", tmp_path, "-m", 32, "-v", VOCAB, "--workers", 1]
+    assert bertling(*words).status == 0
+    short, long = world.data / "val_tiny_16_123", tmp_path / "val_long_32_123"
+    for begin in (["evaluate", "--cp", world.mlm], ["compare", world.mlm, world.mlm]):
+        for flag in ("text-column", "label-column"):
+            ended = bertling(*begin, "--data", short, f"--{flag}", "x", "--device", "cpu")
+            refusal = f"{flag}: is for classifiers, and {world.mlm} is a masked language model; leave it out"
+            assert ended.error == refusal
+        assert bertling(*begin, "--data", long, "--device", "cpu").error == (
+            f"{long}: has rows of 32 ids, the model takes at most 16; prepare it again with -m 16"
+        )
+        for table in (tmp_path / name for name in ("a.TSV", "a.csv.gz", "a.ndjson", "a.PARQUET")):
+            assert bertling(*begin, "--data", table).error.startswith(f"{table}: labelled texts, but")
+
+
 def test_the_anatomy_of_a_checkpoint_is_that_of_its_model(world: World) -> None:
     model = load_checkpoint(world.classifier).model
     drawn = anatomy(world.classifier, "modern", "mini", 8192)

@@ -43,6 +43,7 @@ def readable_errors(path: Path) -> Iterator[None]:
             "EACCES": "permission denied: choose another folder or change its permissions",
             "EROFS": "the file system is read-only: choose another folder",
             "ENOENT": "no such file or folder: check the path",
+            "EEXIST": "a file of this name is in the way: choose another path",
             "EISDIR": "this is a folder: name a file",
             "ENOTDIR": "a part of this path is a file, not a folder: choose another path",
         }

@@ -15,7 +15,7 @@ import msgpack
 import numpy as np
 import numpy.typing as npt
 
-from bertling.files import BertlingError, atomic_file, readable_errors
+from bertling.files import BertlingError, readable_errors
 
 Ids = npt.NDArray[np.int64]
 Stored = npt.NDArray[np.unsignedinteger[Any]]
@@ -124,14 +124,8 @@ def _block(path: Path, rows: list[Any]) -> Stored:
     return block.astype(np.uint16 if int(block.max()) < 1 << 16 else np.uint32)
 
 
-def write_msgpack(path: Path, blocks: Iterable[tuple[Ids, Ids]], rows: int) -> None:
-    """Write `rows` samples from blocks of (ids [n, T], labels [n, T] with -100 where not masked); gzip if .gz."""
-    with atomic_file(path) as temporary, temporary.open("wb") as raw:
-        write_pairs(raw, blocks, rows, zipped=path.suffix == ".gz")
-
-
 def write_pairs(raw: BinaryIO, blocks: Iterable[tuple[Ids, Ids]], rows: int, *, zipped: bool) -> None:
-    """The same into an open file."""
+    """Write `rows` samples from blocks of (ids [n, T], labels [n, T] with -100 where not masked) into an open file."""
     packer = msgpack.Packer(autoreset=False)
     # No name and no time in the gzip header: the same samples give the same bytes.
     with gzip.GzipFile("", "wb", 6, raw, mtime=0) if zipped else nullcontext(raw) as sink:

@@ -75,7 +75,7 @@ def deal(corpus: Corpus, shares: dict[str, float], seed: int) -> tuple[dict[str,
     split_of = _assign(tokens, groups, shares)
     if not _near(np.array([tokens[split_of == index].sum() for index in range(len(shares))]), shares):
         told = ", ".join(f"{share:.0%}" for share in shares.values())
-        return _blocks(corpus, shares, hashes), [
+        return _blocks(corpus, shares, filled, hashes), [
             f"{len(different)} different document(s) are too few, or too unequal, to be dealt out as {told}: cut into "
             "contiguous blocks"
         ]
@@ -111,8 +111,8 @@ def _near(tokens: Ids, shares: dict[str, float]) -> bool:
     return bool((tokens >= np.array(least) * tokens.sum()).all())
 
 
-def _blocks(corpus: Corpus, shares: dict[str, float], hashes: npt.NDArray[np.uint64]) -> dict[str, Part]:
-    """The text in contiguous blocks, where its documents cannot be dealt out."""
+def _blocks(corpus: Corpus, shares: dict[str, float], filled: Ids, hashes: npt.NDArray[np.uint64]) -> dict[str, Part]:
+    """The text in contiguous blocks, where its documents cannot be dealt out; `hashes` are those of the `filled`."""
     pieces = corpus.pieces is not None
     units = _spans(corpus, np.arange(len(corpus.documents) - 1))
     number = len(units) if pieces else len(corpus.ids)
@@ -121,10 +121,13 @@ def _blocks(corpus: Corpus, shares: dict[str, float], hashes: npt.NDArray[np.uin
     # Each split gets something as long as there is enough, train first.
     least = np.minimum(np.arange(1, len(shares) + 1), number)
     ends = wanted.clip(least, np.maximum(least, number - np.arange(len(shares))[::-1])).tolist()
-    return {
-        name: Part(corpus, units[first:last] if pieces else np.array([[first, last]], dtype=np.int64), hashes)
-        for name, first, last in zip(shares, [0, *ends], ends, strict=False)
-    }
+    starts, stops = corpus.documents[filled], corpus.documents[filled + 1]
+    parts = {}
+    for name, first, last in zip(shares, [0, *ends], ends, strict=False):
+        spans = units[first:last] if pieces else np.array([[first, last]], dtype=np.int64)
+        begin, end = spans.min(initial=len(corpus.ids)), spans.max(initial=0)
+        parts[name] = Part(corpus, spans, hashes[(starts < end) & (stops > begin)])
+    return parts
 
 
 def whole(corpus: Corpus) -> Part:

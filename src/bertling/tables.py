@@ -15,9 +15,12 @@ import pyarrow
 import pyarrow.parquet
 
 from bertling.files import BertlingError, readable_errors
+from bertling.text import JSON_LINES
 
 TEXT_COLUMNS = ("sentence", "text", "review", "content", "question")
 LABEL_COLUMNS = ("label", "labels", "class", "target", "sentiment")
+TABLES = (".parquet", ".tsv", ".csv", *JSON_LINES)
+"""Endings of files of labelled texts."""
 MOST_BYTES = 1 << 30
 """Labelled texts are held in memory, so there is a limit."""
 
@@ -36,14 +39,19 @@ def read_columns(path: Path, text_column: str | int | None, label_column: str | 
     """The two columns: as named, or by their usual names, or by 0-based numbers in a table without a header."""
     text = None if text_column is None else str(text_column)
     label = None if label_column is None else str(label_column)
-    suffix = Path(path.name.removesuffix(".gz")).suffix.lower()
-    if path.name.endswith(".parquet"):
+    ending = table_ending(path)
+    if path.suffix.lower() == ".parquet":
         return _read_parquet(path, text, label)
-    if suffix == ".jsonl":
+    if ending in JSON_LINES:
         return _read_jsonl(path, text, label)
-    if suffix in (".tsv", ".csv"):
-        return _read_table(path, text, label, tabs=suffix == ".tsv")
+    if ending in (".tsv", ".csv"):
+        return _read_table(path, text, label, tabs=ending == ".tsv")
     raise BertlingError(f"{path}: labelled texts come as .parquet, .tsv, .csv or .jsonl; rename or convert it")
+
+
+def table_ending(path: Path) -> str:
+    """The ending of a file's name that says what it holds, in lower case, the .gz behind it left out."""
+    return Path(path.name.lower().removesuffix(".gz")).suffix
 
 
 def decode_utf8(name: Path | str, raw: bytes, first_line: int = 1) -> str:
@@ -75,13 +83,15 @@ def shorten(value: object) -> str:
 
 
 def _choose(path: Path, there: Sequence[str], given: str | None, usual: Sequence[str], role: str) -> str:
-    """The column of this role: the one that was named, else the first usual name that is there."""
-    if given is not None and given in there:
-        return given
+    """The column of this role: the one that was named, else the first usual name that is there; twice is refused."""
     by_name = {name.strip().lower(): name for name in reversed(there)}
-    for name in usual if given is None else ():
-        if name in by_name:
-            return by_name[name]
+    found = given if given in there else None
+    if given is None:
+        found = next((by_name[name] for name in usual if name in by_name), None)
+    if found is not None:
+        if there.count(found) > 1:
+            raise BertlingError(f"{path}: has {there.count(found)} columns named {shorten(found)}; rename one")
+        return found
     problem = f"no {role} column was recognised" if given is None else f"there is no column {given!r}"
     shown = ", ".join(shorten(name) for name in there[:20])
     raise BertlingError(
@@ -119,7 +129,7 @@ def open_bytes(path: Path) -> Iterator[IO[bytes]]:
     """Open a file for reading, through gzip if it ends in .gz; what cannot be read is one clear line."""
     with readable_errors(path):
         try:
-            opener: Any = gzip.open if path.name.endswith(".gz") else open
+            opener: Any = gzip.open if path.name.lower().endswith(".gz") else open
             with opener(path, "rb") as file:
                 yield file
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:

@@ -22,10 +22,10 @@ Progress = Callable[[int, int], None]
 
 MAX_PIECE = 1 << 20
 """Characters of text that are handled at once."""
+JSON_LINES = (".jsonl", ".ndjson")
 _MAX_RECORD = 1 << 26
 _BLOCK = 1 << 20
 _BOMB_BYTES, _BOMB_RATIO = 1 << 28, 200
-_JSON_LINES = (".jsonl", ".ndjson")
 _TITLE = re.compile(r"^ = [^=\n](?:[^\n]*[^=\n])? = ?$", re.MULTILINE)
 _ESCAPED = re.compile(r" ?@([-,.])@ ?")
 _UNCLEAN = re.compile(r"[^A-Za-z0-9\s,.!?'\"-]+")
@@ -65,7 +65,7 @@ def kind_of(path: Path) -> tuple[str, str]:
         if compression:
             raise BertlingError(f"{path}: a compressed parquet file is not supported; unpack it first")
         return "parquet", ""
-    return "jsonl" if suffixes and suffixes[-1] in _JSON_LINES else "text", compression
+    return "jsonl" if suffixes and suffixes[-1] in JSON_LINES else "text", compression
 
 
 def read_pieces(
@@ -360,7 +360,11 @@ def _parquet_records(path: Path, column: str, report: Callable[[int], None]) -> 
                 raise BertlingError(
                     f"{path}: no column '{column}' (it has {_names(schema.names)}); name the text's column"
                 )
+            if (same := schema.names.count(column)) > 1:
+                raise BertlingError(f"{path}: has {same} columns named '{column}'; rename one")
             kind = schema.field(column).type
+            if pyarrow.types.is_dictionary(kind):  # a category of pandas
+                kind = kind.value_type
             if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
                 raise BertlingError(f"{path}: column '{column}' holds {kind}, not text; name the text's column")
             done = 0

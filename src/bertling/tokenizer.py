@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from itertools import filterfalse
 from pathlib import Path
@@ -30,6 +31,7 @@ _USUAL = {
 }
 """What a tokenizer_config.json may say if its ids are to be BERT's."""
 _ALPHABET_SHARE = 4  # at most one entry in so many is spent on a rarer character
+_SPECIAL = re.compile("|".join(map(re.escape, SPECIAL_TOKENS)))
 
 
 class Tokenizer:
@@ -223,12 +225,13 @@ def train_vocabulary(lines: Iterable[str], size: int, *, lowercase: bool = True,
     """Make a WordPiece vocabulary of exactly `size` entries, special tokens first ([PAD] [UNK] [CLS] [SEP] [MASK]).
 
     The lines are read twice (give a list or `text.Lines`): once for the alphabet, once for the words. The same lines
-    give the same vocabulary, byte for byte. A piece is made only of pairs seen `min_frequency` times.
+    give the same vocabulary, byte for byte. A piece is made only of pairs seen `min_frequency` times. Names of special
+    tokens in the lines, as [UNK] for WikiText's `<unk>`, count for nothing: they have their entries.
     """
     if iter(lines) is lines:
         raise TypeError("lines are read twice: give a list or text.Lines, not an iterator")
     normalizer, splitter = normalizers.BertNormalizer(lowercase=lowercase), pre_tokenizers.BertPreTokenizer()
-    counted = _count_characters(lines, normalizer)
+    counted = _count_characters(_without_special(lines), normalizer)
 
     def entries(size: int) -> list[str]:
         alphabet = _alphabet(counted, size)
@@ -244,7 +247,7 @@ def train_vocabulary(lines: Iterable[str], size: int, *, lowercase: bool = True,
         )
         backend = tokenizers.Tokenizer(models.WordPiece(unk_token="[UNK]"))
         backend.normalizer, backend.pre_tokenizer = normalizer, splitter
-        backend.train_from_iterator(lines, trainer)
+        backend.train_from_iterator(_without_special(lines), trainer)
         ids = backend.get_vocab(with_added_tokens=False)
         return sorted(ids, key=ids.__getitem__)
 
@@ -257,6 +260,11 @@ def train_vocabulary(lines: Iterable[str], size: int, *, lowercase: bool = True,
             f"size: {size} is more than this text can give, which is {most} entries; give {most} or less, or more text"
         )
     return Tokenizer(made, lowercase=lowercase)
+
+
+def _without_special(lines: Iterable[str]) -> Iterator[str]:
+    """The trainer would take their names apart and make words of them."""
+    return (_SPECIAL.sub(" ", line) for line in lines)
 
 
 def _count_characters(lines: Iterable[str], normalizer: normalizers.Normalizer) -> dict[str, int]:

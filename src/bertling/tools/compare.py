@@ -13,10 +13,10 @@ from bertling.checkpoint import Loaded
 from bertling.labelled import labels_of
 from bertling.model import BertForMaskedLM
 from bertling.runtime import Runtime, build_runtime
-from bertling.samples import Samples, open_samples
+from bertling.samples import Samples
 from bertling.settings import parse_settings
 from bertling.tasks import EVAL_MASKS, class_logits, classifier_batches, evaluation_rows
-from bertling.tools.evaluate import load_for, texts_for, trained_seq_len
+from bertling.tools.evaluate import load_for, samples_for, texts_for, trained_seq_len
 
 Counts = npt.NDArray[np.int64]
 
@@ -77,10 +77,10 @@ def compare(
     runtime = build_runtime(parse_settings({"device": device, "compile": "false"}))
     rights, scored, items = [], np.zeros(0, dtype=np.int64), "texts"
     for cp in (a, b):
-        loaded = load_for(cp, data)
+        loaded = load_for(cp, data, text_column, label_column)
         loaded.model.to(runtime.device)
         if isinstance(loaded.model, BertForMaskedLM):
-            samples = open_samples(data)
+            samples = samples_for(loaded, data)
             right, scored = right_tokens(loaded, samples, runtime)
             items = "rows with all their masked tokens"
         else:

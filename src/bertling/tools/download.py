@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bertling.files import BertlingError
+from bertling.files import BertlingError, is_disk_full, read_json, readable_errors
 from bertling.tokenizer import Tokenizer
 
 Say = Callable[[str], None]
@@ -90,6 +90,8 @@ def download(name: str, output: Path | None, say: Say) -> Download:
     repo, kind = (known.repo, "dataset") if known else (name, "model")
     patterns = known.patterns if known else MODEL_FILES
     folder = output or Path(name.rpartition("/")[2])
+    if folder.exists() and not folder.is_dir():
+        raise BertlingError(f"{folder}: is a file; give a folder for the download")
     try:
         info = huggingface_hub.HfApi().repo_info(repo, repo_type=kind, files_metadata=True)
         wanted = {
@@ -121,6 +123,9 @@ def download(name: str, output: Path | None, say: Say) -> Download:
     except errors.RepositoryNotFoundError:
         raise BertlingError(f"{repo}: no such {kind} on {endpoint()} (or it is private: set HF_TOKEN)") from None
     except Exception as error:
+        if isinstance(error, OSError) and (error.filename or is_disk_full(error)):  # no connection has a file's name
+            with readable_errors(Path(error.filename or f"{folder}, or the hub's cache (HF_HOME)")):
+                raise
         if not isinstance(error, OSError) and type(error).__module__.partition(".")[0] not in NETWORK:
             raise
         raise BertlingError(
@@ -129,8 +134,11 @@ def download(name: str, output: Path | None, say: Say) -> Download:
         ) from None
     step = (known.next_step if known else "bertling finetune --cp {folder}").format(folder=folder)
     if known is None:
+        from bertling.interop import config_from_hf
+
         try:
             Tokenizer.load(folder)
+            config_from_hf(read_json(folder / "config.json", "model configuration"))
         except BertlingError as error:
             step = f"it cannot be used here: {error}"
     return Download(repo, str(info.sha), licence, folder, wanted, step)

@@ -10,11 +10,10 @@ from bertling.interop import head_of
 from bertling.labelled import LabelledTexts, check_agree, labels_of, load_labelled
 from bertling.model import BertForMaskedLM
 from bertling.runtime import Runtime, build_runtime
-from bertling.samples import open_samples
+from bertling.samples import Samples, open_samples
 from bertling.settings import Settings, parse_settings, read_ini
+from bertling.tables import TABLES, table_ending
 from bertling.tasks import EVAL_MASKS, classifier_batches, evaluate_classifier, evaluate_masked_lm, mlm_floors
-
-TABLES = (".tsv", ".csv", ".jsonl", ".parquet")
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ def evaluate(
     cp: Path, data: Path, *, text_column: str | None = None, label_column: str | None = None, device: str = "auto"
 ) -> Evaluation:
     """Score a masked language model on a prepared data set, or a classifier on a labelled file."""
-    loaded = load_for(cp, data)
+    loaded = load_for(cp, data, text_column, label_column)
     # Nothing is compiled: an evaluation is over before that has paid.
     runtime = build_runtime(parse_settings({"device": device, "compile": "false"}))
     loaded.model.to(runtime.device)
@@ -49,12 +48,12 @@ def evaluate(
     return score_classifier(loaded, texts_for(loaded, data, text_column, label_column), runtime)
 
 
-def load_for(cp: Path, data: Path) -> Loaded:
-    """The checkpoint; refused where it and the data are not of one kind."""
+def load_for(cp: Path, data: Path, text_column: str | None, label_column: str | None) -> Loaded:
+    """The checkpoint; refused where it and the data, or what is said of them, are not of one kind."""
     loaded = load_checkpoint(cp)
     if head_of(loaded.model) == "none":
         raise BertlingError(f"{cp}: an encoder without a head has nothing to score; fine-tune it first")
-    table = data.name.removesuffix(".gz").endswith(TABLES)
+    table = table_ending(data) in TABLES
     if isinstance(loaded.model, BertForMaskedLM) and table:
         raise BertlingError(
             f"{data}: labelled texts, but {cp} is a masked language model: name a data set of 'bertling prepare', "
@@ -64,7 +63,21 @@ def load_for(cp: Path, data: Path) -> Loaded:
         raise BertlingError(
             f"{data}: a folder, but {cp} is a classifier: name a file of labelled texts (.tsv .csv .jsonl .parquet)"
         )
+    if isinstance(loaded.model, BertForMaskedLM) and (text_column, label_column) != (None, None):
+        name = "label-column" if text_column is None else "text-column"
+        raise BertlingError(f"{name}: is for classifiers, and {cp} is a masked language model; leave it out")
     return loaded
+
+
+def samples_for(loaded: Loaded, data: Path) -> Samples:
+    """A prepared data set whose rows the model can take."""
+    samples, limit = open_samples(data), loaded.model.config.max_position_embeddings
+    if samples.seq_len > limit:
+        raise BertlingError(
+            f"{data}: has rows of {samples.seq_len} ids, the model takes at most {limit}; prepare it again with "
+            f"-m {limit}"
+        )
+    return samples
 
 
 def texts_for(loaded: Loaded, data: Path, text_column: str | None, label_column: str | None) -> LabelledTexts:
@@ -83,7 +96,7 @@ def texts_for(loaded: Loaded, data: Path, text_column: str | None, label_column:
 
 def score_masked_lm(loaded: Loaded, data: Path, runtime: Runtime) -> Evaluation:
     """Loss and accuracy with frozen masks; the floors come from the counts of the same data."""
-    samples = open_samples(data)
+    samples = samples_for(loaded, data)
     figures = evaluate_masked_lm(loaded.model, samples, loaded.tokenizer, runtime)
     floors = mlm_floors([samples], samples, loaded.tokenizer)
     masks = (

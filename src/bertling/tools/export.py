@@ -93,7 +93,9 @@ def export(cp: Path, output: Path, form: str, *, int8: bool = False, force: bool
 
 
 def check_output(output: Path, cp: Path) -> None:
-    """Refuse a folder that holds the model itself, or anything that no export writes: it would be replaced whole."""
+    """Refuse a file, the model's own folder, and one with anything that no export writes: it is replaced whole."""
+    if output.exists() and not output.is_dir():
+        raise BertlingError(f"{output}: is a file; give a folder for the model")
     place, source = output.resolve(), cp.resolve()
     if place == source or place in source.parents:
         raise BertlingError(f"{output}: the model to export lies there; choose another folder")
