@@ -141,6 +141,18 @@ def test_a_signal_to_the_launcher_saves_and_can_be_resumed_by_one_process(
     assert train_mlm(cp=run, max_iters=step + 1, ddp=False).finished
 
 
+def test_a_launch_that_is_stopped_before_it_saved_says_so(work: Path) -> None:
+    command = [sys.executable, "-m", "bertling", "pretrain", "--ddp", "--nproc", "2"]
+    process = start([*command, *flags(base_dir=work, **SHAPE, max_iters=399)], work)
+    deadline = time.monotonic() + 60
+    while not workers(process) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGTERM, err
+    assert not (work / "runs").exists()
+
+
 def test_a_port_in_use_is_one_line(work: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]

@@ -144,17 +144,20 @@ def test_seeds_go_on_where_they_were_stopped(world: World, tmp_path: Path, monke
         assert [one[key] for one in resumed["seeds"]] == [one[key] for one in whole["seeds"]], key
 
 
-@pytest.mark.parametrize("next_begun", [False, True])
-def test_seeds_go_on_where_they_were_killed_in_between(world: World, tmp_path: Path, next_begun: bool) -> None:
+@pytest.mark.parametrize("killed", ["between seeds", "as the next began", "before the sums"])
+def test_seeds_go_on_where_they_were_killed(world: World, tmp_path: Path, killed: str) -> None:
     inputs = ["--train-input", world.train, "--val-input", world.dev, "--cp", world.mlm]
     words = [*inputs, "--seeds", 3, "--seed", 5, "--run-id", "mine"]
     whole = finetune(world, tmp_path, *words, steps=6).answer
     runs = tmp_path / "runs"
-    shutil.rmtree(runs / "mine-seed7")
-    shutil.rmtree(runs / "mine-seed6" / "checkpoints")
-    if next_begun:
-        (runs / "mine-seed6" / "checkpoints").mkdir()
+    if killed == "before the sums":
+        (runs / "mine-seed7" / "result.json").unlink()
     else:
+        shutil.rmtree(runs / "mine-seed7")
+        shutil.rmtree(runs / "mine-seed6" / "checkpoints")
+    if killed == "as the next began":
+        (runs / "mine-seed6" / "checkpoints").mkdir()
+    if killed == "between seeds":
         shutil.rmtree(runs / "mine-seed6")
     resumed = bertling("finetune", "--resume", "--base-dir", tmp_path, "--json").answer
     for key in ("seed", "loss", "confusion", "best_step", "finished", "step"):

@@ -190,3 +190,6 @@ def test_training_files_are_taken_in_turn_each_for_an_epoch(form: str, tmp_path:
     assert len(rows) == 24 > sum(sizes)
     assert {name for name, _ in rows[sum(sizes) :]} == {names[0]}
     assert ("masks as stored in the files" in done.err) == (form == "msgpack")
+    said = bertling("pretrain", "--mlm-probability", 0.3, "--epochs", 1, cwd=folder).err
+    assert ("note: mlm-probability says nothing here" in said) == (form == "msgpack")
+    assert "note: each epoch is over one of the 2 data sets: epochs = 1 is not all" in said
