@@ -302,7 +302,7 @@ def test_a_launch_that_signals_end_says_so(monkeypatch: pytest.MonkeyPatch) -> N
         raise SignalException("stopped", signal.SIGINT)
 
     monkeypatch.setattr("torch.distributed.run.main", stop)
-    assert launch(Settings(nproc=2), []) is None
+    assert launch(Settings(nproc=2), []) == -signal.SIGINT
 
 
 def test_fewer_rows_than_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
