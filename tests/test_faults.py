@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from commands import VOCAB, bertling
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bertling import checkpoint, faults, train
@@ -128,6 +128,18 @@ def test_weights_that_ran_away_are_never_saved(train_mlm: Train, work: Path, ste
     checkpoints = work / "runs" / "run0" / "checkpoints"
     assert [path.name for path in checkpoints.glob("step-*")] == ["step-0000000"]
     assert {os.readlink(checkpoints / name) for name in ("best", "last")} == {"step-0000000"}
+
+
+def test_weights_that_are_no_numbers_are_not_trained(train_mlm: Train, tmp_path: Path) -> None:
+    shutil.copytree(last(train_mlm(max_iters=1)), tmp_path / "ruined")
+    for name in ("manifest.json", "training_state"):  # weights from elsewhere
+        for path in (tmp_path / "ruined").glob(f"{name}*"):
+            path.unlink() if path.is_file() else shutil.rmtree(path)
+    weights = load_file(tmp_path / "ruined" / "model.safetensors")
+    next(iter(weights.values())).fill_(float("nan"))
+    save_file(weights, tmp_path / "ruined" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(BertlingError, match="run1: the weights that it starts from give no finite loss; take others"):
+        train_mlm(cp=tmp_path / "ruined", max_iters=9, threads=1)
 
 
 def test_a_loss_on_the_floor_is_said_with_its_causes(train_mlm: Train, tmp_path: Path) -> None:

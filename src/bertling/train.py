@@ -275,6 +275,8 @@ class Trainer:
         Weights that ran away are not written: the steps that follow send the run back to those before.
         """
         if not self.sound():
+            if self.saved_step < 0:
+                raise BertlingError(f"{self.run}: the weights that it starts from give no finite loss; take others")
             return
         recent, trouble = self.recent().tolist(), None
         if self.ranks.first:
