@@ -145,8 +145,9 @@ def test_a_launch_that_is_stopped_before_it_saved_says_so(work: Path) -> None:
     command = [sys.executable, "-m", "bertling", "pretrain", "--ddp", "--nproc", "2"]
     process = start([*command, *flags(base_dir=work, **SHAPE, max_iters=399)], work)
     deadline = time.monotonic() + 60
-    while not workers(process) and time.monotonic() < deadline:
+    while len(workers(process)) < 2 and time.monotonic() < deadline:
         time.sleep(0.01)
+    time.sleep(0.5)  # both are started, and still loading
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 128 + signal.SIGTERM, err

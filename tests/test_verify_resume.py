@@ -16,7 +16,7 @@ from conftest import TINY
 
 from bertling.checkpoint import step_folders
 from bertling.files import BertlingError
-from bertling.runs import Outcome
+from bertling.runs import Outcome, record
 from bertling.settings import Settings
 from bertling.tasks import MaskedLMTask
 from bertling.tools import verify_resume as tool
@@ -150,11 +150,13 @@ def test_a_run_that_is_killed_behind_its_last_step_tells_nothing_twice(
 ) -> None:
     whole = train_mlm(max_iters=3)
 
-    def die(*arguments: Any) -> None:
-        raise RuntimeError("power cut")
+    def die(run: Path, settings: Settings, *, finished: bool) -> None:
+        if finished:
+            raise RuntimeError("power cut")
+        record(run, settings, finished=finished)
 
     with monkeypatch.context() as patch:
-        patch.setattr("bertling.train.write_json", die)
+        patch.setattr("bertling.train.record", die)
         with pytest.raises(RuntimeError, match="power cut"):
             train_mlm(max_iters=3)
     evaluations: list[int] = []
