@@ -154,6 +154,16 @@ def test_a_launch_that_is_stopped_before_it_saved_says_so(work: Path) -> None:
     assert not (work / "runs").exists()
 
 
+def test_a_process_whose_launcher_is_gone_before_it_watches_ends() -> None:
+    code = "import time; from bertling.distributed import watch_launcher; watch_launcher(); time.sleep(100)"
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    ended = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | {distributed.LAUNCHER: str(gone.pid)}, timeout=90
+    )
+    assert ended.returncode == 1
+
+
 def test_a_port_in_use_is_one_line(work: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]

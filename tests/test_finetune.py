@@ -195,6 +195,9 @@ def test_texts_that_are_cut_are_said(world: World, tmp_path: Path) -> None:
     inputs = ["--train-input", world.train, "--val-input", world.dev, "--seq-len", 8]
     done = finetune(world, tmp_path, "--cp", world.mlm, *inputs)
     assert "note: 40 training texts are longer than 8 tokens, and cut there" in done.err
+    inputs[-1] = 512
+    done = finetune(world, tmp_path, "--cp", world.mlm, *inputs)
+    assert "note: seq-len = 512: the model reads at most 16 tokens" in done.err
 
 
 def test_the_dev_set_is_tokenized_once(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

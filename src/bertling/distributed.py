@@ -17,6 +17,8 @@ from bertling.console import is_rank
 from bertling.files import BertlingError, one_line
 from bertling.settings import Settings
 
+LAUNCHER = "BERTLING_LAUNCHER"
+"""Tells the processes the number of the one that launched them."""
 SECONDS_TO_SAVE = 600
 """How long a process may take to save after a signal, before it is killed."""
 
@@ -108,8 +110,8 @@ def join(settings: Settings) -> Ranks:
 
 
 def watch_launcher() -> None:
-    """End this process when its launcher is killed; else it would go on, holding its GPU and the run."""
-    launcher = os.getppid()
+    """End this process when its launcher is gone; else it would go on, holding its GPU and the run."""
+    launcher = int(os.environ.get(LAUNCHER, os.getppid()))  # it may be gone by now
 
     def watch() -> None:
         while os.getppid() == launcher:
@@ -168,6 +170,7 @@ def launch(settings: Settings, arguments: Sequence[str]) -> int:
         options += ["--standalone"]
     # torchrun warns about threads unless told; each process sets its own count of them.
     os.environ.setdefault("OMP_NUM_THREADS", str(settings.threads or 1))
+    os.environ[LAUNCHER] = str(os.getpid())
     try:
         # Behind "--", or torchrun would take our flags for abbreviations of its own.
         torchrun([*options, "-m", "--", "bertling", *arguments])

@@ -53,6 +53,12 @@ def readable_errors(path: Path) -> Iterator[None]:
         raise BertlingError(f"{path}: {hints.get(name, other)}") from error
 
 
+def refuse_file(path: Path, what: str) -> None:
+    """Refuse a path that is a file where a folder for `what` is to come."""
+    if path.exists() and not path.is_dir():
+        raise BertlingError(f"{path}: is a file; give a folder for {what}")
+
+
 def one_line(error: Exception) -> str:
     """What a library says of an error, on one line and not too long for part of another one."""
     return " ".join(str(error).split())[:200]

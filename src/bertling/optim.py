@@ -178,7 +178,7 @@ class Schedule:
 def build_schedule(settings: Settings, total_steps: int | None) -> Schedule:
     """The schedule that the settings ask for; what they leave open follows from the length of the run.
 
-    `total_steps` is None in a run that only the clock ends: steps have no place in its schedule, nor its settings.
+    `total_steps` is None in a run that only the clock ends: beyond its first steps its schedule knows shares alone.
     """
     floor = (settings.min_learning_rate or 0.0) / settings.learning_rate
     if total_steps is None:

@@ -18,7 +18,7 @@ import torch
 
 from bertling.corpus import Corpus, build_corpus
 from bertling.datacard import DataCard, SplitCard
-from bertling.files import BertlingError, atomic_file, atomic_folder, locked, readable_errors, write_json
+from bertling.files import BertlingError, atomic_file, atomic_folder, locked, readable_errors, refuse_file, write_json
 from bertling.masking import mask_tokens
 from bertling.packed import IGNORED, MAX_SEQ_LEN, Ids, write_pairs
 from bertling.samples import MANIFEST, SamplesWriter, Tally, unigram_floors
@@ -150,8 +150,7 @@ def _check(layout: Layout, inputs: Sequence[Path]) -> None:
         raise BertlingError(f"method: must be split or segment, not '{layout.method}'")
     if layout.format not in FORMATS:
         raise BertlingError(f"format: must be shards or msgpack, not '{layout.format}'")
-    if layout.output.exists() and not layout.output.is_dir():
-        raise BertlingError(f"{layout.output}: is a file; give a folder for the prepared data")
+    refuse_file(layout.output, "the prepared data")
 
 
 def _refuse_existing(layout: Layout) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bertling.files import BertlingError, is_disk_full, read_json, readable_errors
+from bertling.files import BertlingError, is_disk_full, read_json, readable_errors, refuse_file
 from bertling.tokenizer import Tokenizer
 
 Say = Callable[[str], None]
@@ -90,8 +90,7 @@ def download(name: str, output: Path | None, say: Say) -> Download:
     repo, kind = (known.repo, "dataset") if known else (name, "model")
     patterns = known.patterns if known else MODEL_FILES
     folder = output or Path(name.rpartition("/")[2])
-    if folder.exists() and not folder.is_dir():
-        raise BertlingError(f"{folder}: is a file; give a folder for the download")
+    refuse_file(folder, "the download")
     try:
         info = huggingface_hub.HfApi().repo_info(repo, repo_type=kind, files_metadata=True)
         wanted = {

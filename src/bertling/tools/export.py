@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from bertling.checkpoint import Loaded, load_checkpoint, write_model
-from bertling.files import BertlingError, atomic_folder, atomic_write
+from bertling.files import BertlingError, atomic_folder, atomic_write, refuse_file
 from bertling.interop import head_of
 from bertling.labelled import pad_rows
 from bertling.model import BertEncoder
@@ -94,8 +94,7 @@ def export(cp: Path, output: Path, form: str, *, int8: bool = False, force: bool
 
 def check_output(output: Path, cp: Path) -> None:
     """Refuse a file, the model's own folder, and one with anything that no export writes: it is replaced whole."""
-    if output.exists() and not output.is_dir():
-        raise BertlingError(f"{output}: is a file; give a folder for the model")
+    refuse_file(output, "the model")
     place, source = output.resolve(), cp.resolve()
     if place == source or place in source.parents:
         raise BertlingError(f"{output}: the model to export lies there; choose another folder")

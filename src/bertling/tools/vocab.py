@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bertling.files import UNFINISHED, BertlingError, atomic_folder, claimed, readable_errors, sweep
+from bertling.files import UNFINISHED, BertlingError, atomic_folder, claimed, readable_errors, refuse_file, sweep
 from bertling.progress import ByteProgress
 from bertling.text import Lines, TextOptions
 from bertling.tokenizer import Tokenizer, train_vocabulary
@@ -26,8 +26,7 @@ def make_vocabulary(
     force: bool = False,
 ) -> dict[str, Any]:
     """Train a WordPiece vocabulary on the files and write it to `output`; an existing one is kept unless `force`."""
-    if output.exists() and not output.is_dir():
-        raise BertlingError(f"{output}: is a file; give a folder for the vocabulary")
+    refuse_file(output, "the vocabulary")
     for present in (output / name for name in FILES):
         if present.exists() and not force:
             raise BertlingError(f"{present}: exists already; give --force to replace it, or choose another folder")
