@@ -182,4 +182,6 @@ def launch(settings: Settings, arguments: Sequence[str]) -> int:
         raise BertlingError(
             f"dist-master-port: the processes could not meet ({one_line(error)}); is another training using this port?"
         ) from error
+    finally:
+        del os.environ[LAUNCHER]
     return 0
