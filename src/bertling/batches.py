@@ -216,6 +216,15 @@ def check_samples(samples: Sequence[Samples], tokenizer: Tokenizer) -> None:
             _check_ids(one, tokenizer)
 
 
+def check_length(samples: Samples, limit: int) -> None:
+    """Refuse rows that are longer than the `limit` of a model."""
+    if samples.seq_len > limit:
+        raise BertlingError(
+            f"{samples.path}: has rows of {samples.seq_len} ids, the model takes at most {limit}; prepare it again "
+            f"with -m {limit}"
+        )
+
+
 def _check_ids(samples: Samples, tokenizer: Tokenizer) -> None:
     """A msgpack file does not name its vocabulary, so see whether its ids can come from this one."""
     if samples.max_id >= tokenizer.vocab_size:

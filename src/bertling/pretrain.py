@@ -11,7 +11,7 @@ import torch
 
 from bertling import distributed
 from bertling.attention import inverse_frequencies
-from bertling.batches import check_samples
+from bertling.batches import check_length, check_samples
 from bertling.budget import total_steps
 from bertling.checkpoint import Loaded, load_checkpoint
 from bertling.cooccurrence import SCALE, word_vectors
@@ -179,11 +179,7 @@ def load_start(start: Start, say: Say) -> tuple[BertForMaskedLM | None, MaskedLM
     check_samples(data.train, data.tokenizer)
     check_samples([data.val], data.tokenizer)
     config = fresh_config(start.settings, data) if model is None else model.config
-    if data.train[0].seq_len > config.max_position_embeddings:
-        raise BertlingError(
-            f"{data.train[0].path}: has rows of {data.train[0].seq_len} ids, the checkpoint takes at most "
-            f"{config.max_position_embeddings}: prepare the data again with -m {config.max_position_embeddings}"
-        )
+    check_length(data.train[0], config.max_position_embeddings)
     return model, data
 
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bertling.batches import check_length
 from bertling.checkpoint import Loaded, load_checkpoint, run_of
 from bertling.files import BertlingError
 from bertling.interop import head_of
@@ -71,12 +72,8 @@ def load_for(cp: Path, data: Path, text_column: str | None, label_column: str | 
 
 def samples_for(loaded: Loaded, data: Path) -> Samples:
     """A prepared data set whose rows the model can take."""
-    samples, limit = open_samples(data), loaded.model.config.max_position_embeddings
-    if samples.seq_len > limit:
-        raise BertlingError(
-            f"{data}: has rows of {samples.seq_len} ids, the model takes at most {limit}; prepare it again with "
-            f"-m {limit}"
-        )
+    samples = open_samples(data)
+    check_length(samples, loaded.model.config.max_position_embeddings)
     return samples
 
 
