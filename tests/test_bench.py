@@ -13,12 +13,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bertling.files import BertlingError
 from bertling.inference import BOX
-from bertling.model import BertForMaskedLM
+from bertling.model import BertForMaskedLM, ModelConfig
+from bertling.presets import preset_config
 from bertling.samples import open_samples
-from bertling.tools import bench, comparisons, programs
+from bertling.tools import comparisons, programs
 from bertling.tools.bench import Measured, Report, flops
 from bertling.tools.comparisons import Bench, Comparison, compare
 from bertling.tools.contestants import Workload
+from bertling.train import Trainer
 
 TINY = "--batch-size 4 --seq-len 32 --vocab-size 128 --rounds 1 --device cpu --dtype fp32".split()
 
@@ -51,10 +53,7 @@ def test_ratios_are_taken_round_by_round() -> None:
 
 def test_bench_against_the_stock_class(capfd: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("transformers")
-    sized = bench.sized_workload
-    monkeypatch.setattr(
-        bench, "sized_workload", lambda *words, **sizes: replace(sized(*words, **sizes), layers=1)
-    )  # soon compiled
+    monkeypatch.setenv("TORCH_COMPILE_DISABLE", "1")  # the processes' compilers are not what is tested
     ended = bertling("bench", "--preset", "bert", "--against", "hf", *TINY, "--json")
     assert ended.status == 0, ended.err
     answer = json.loads(ended.out)
@@ -92,6 +91,31 @@ def tiny(tmp_path: Path) -> Bench:
     return Bench(folder, True, 1, "cpu", 1, quiet, text, BOX, data)
 
 
+@pytest.fixture
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let trainings run here and be short: a process of its own for each loads the same libraries again."""
+    run = comparisons.run_program
+
+    def run_here(command: list[str]) -> str:
+        if not command[3].startswith("finetune"):
+            return run(command)
+        return json.dumps(programs.PROGRAMS[command[3]](**json.loads(command[4])))
+
+    monkeypatch.setattr(comparisons, "run_program", run_here)
+    monkeypatch.setattr(programs, "WARM_UP", 1)
+    monkeypatch.setattr(Trainer, "train_step", Trainer.train_step)  # theirs to replace, and here to put back
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the model that classifies be a small one."""
+
+    def small_config(preset: str, size: str, vocab_size: int, **sizes: Any) -> ModelConfig:
+        return preset_config(preset, "mini", vocab_size, **{**sizes, "num_hidden_layers": 1})
+
+    monkeypatch.setattr("bertling.presets.preset_config", small_config)
+
+
 def test_ours_and_the_peer_prepare_the_same_rows(tiny: Bench, tmp_path: Path) -> None:
     pytest.importorskip("datasets")
     assert tiny.text is not None
@@ -112,7 +136,9 @@ def test_ours_and_the_peer_prepare_the_same_rows(tiny: Bench, tmp_path: Path) ->
         ("startup", {}, 1),
     ],
 )
-def test_each_kind_of_work_beside_the_usual_tools(tiny: Bench, kind: str, more: dict[str, int], sides: int) -> None:
+def test_each_kind_of_work_beside_the_usual_tools(
+    tiny: Bench, in_this_process: None, small: None, kind: str, more: dict[str, int], sides: int
+) -> None:
     pytest.importorskip("datasets")
     pytest.importorskip("accelerate")
     done = getattr(tiny, kind)(**more)
@@ -120,7 +146,9 @@ def test_each_kind_of_work_beside_the_usual_tools(tiny: Bench, kind: str, more: 
     assert all(len(values) == 1 and values[0] > 0 for values in done.seconds.values())
 
 
-def test_classifying_in_int8_is_held_against_int8_too(tiny: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_classifying_in_int8_is_held_against_int8_too(
+    tiny: Bench, small: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("transformers")
     theirs = mock.Mock(wraps=torch.ao.quantization.quantize_dynamic)
     monkeypatch.setattr(torch.ao.quantization, "quantize_dynamic", theirs)

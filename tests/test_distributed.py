@@ -29,6 +29,8 @@ from bertling.settings import Settings, key_of
 
 # An odd number of rows for two processes, cut into several micro-batches on each.
 SHAPE: dict[str, Any] = {**TINY, "batch_size": 9, "micro_batch_size": 2, "dropout": 0.0, "learning_rate": 5e-3}
+# Steps of half a second, each of them logged (of 400 and more only some are).
+SLOW: dict[str, Any] = SHAPE | {"batch_size": 512, "d_model": 128, "max_iters": 399}
 TORCHRUN = [
     sys.executable,
     "-m",
@@ -99,19 +101,6 @@ def assert_same_curve(one: Path, two: Path, steps: int) -> None:
         torch.testing.assert_close(weights[1][name], value, atol=2e-3, rtol=1e-2)
 
 
-def test_torchrun_trains_as_one_process_does(work: Path, train_mlm: Callable[..., Outcome]) -> None:
-    shape = SHAPE | {"max_iters": 20, "val_interval": 10}
-    process = start([*TORCHRUN, "pretrain", *flags(base_dir=work, run_id="two", **shape)], work)
-    one = train_mlm(**shape)
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
-    assert "; 2 processes" in err
-    assert out.count("validation accuracy") == 1  # only one of them answers
-    assert err.count("settings: ") == err.count("run folder: ") == 1
-    assert_same_curve(one.run, work / "runs" / "two", 20)
-    assert (work / "runs" / "two" / "accuracy.png").exists()
-
-
 def test_ddp_fine_tunes_as_one_process_does(work: Path, train_classifier: Callable[..., FinetuneResult]) -> None:
     # 61 texts in batches of 7: the last batch of an epoch has 5, of which one process gets 2.
     shape = SHAPE | {"batch_size": 7, "max_iters": 20, "preset": "bert", "val_interval": 10}
@@ -176,8 +165,7 @@ def test_a_port_in_use_is_one_line(work: Path) -> None:
 
 
 def test_a_process_that_is_killed_ends_the_others_in_one_line(work: Path) -> None:
-    shape = SHAPE | {"max_iters": 100_000}
-    process, _ = start_two(work, shape)
+    process, _ = start_two(work, SLOW)
     os.kill(workers(process)[-1], signal.SIGKILL)
     _, err = process.communicate(timeout=120)
     assert process.returncode not in (0, cli.STOPPED)
@@ -186,8 +174,7 @@ def test_a_process_that_is_killed_ends_the_others_in_one_line(work: Path) -> Non
 
 
 def test_a_signal_to_all_processes_saves_once(work: Path) -> None:
-    shape = SHAPE | {"batch_size": 512, "d_model": 128, "max_iters": 399}  # steps of half a second
-    process, run = start_two(work, shape)
+    process, run = start_two(work, SLOW)
     for number in [*workers(process), process.pid]:
         os.kill(number, signal.SIGTERM)
     _, err = process.communicate(timeout=120)
@@ -198,7 +185,7 @@ def test_a_signal_to_all_processes_saves_once(work: Path) -> None:
     assert state.numbers["step"] >= max(losses(run)) > 0
 
 
-def test_another_number_of_processes_goes_on_with_the_same_batches(
+def test_under_torchrun_another_number_of_processes_goes_on_with_the_same_batches(
     work: Path, train_mlm: Callable[..., Outcome]
 ) -> None:
     shape = SHAPE | {"max_iters": 12, "val_interval": 6, "save_every": "6", "max_checkpoints": 9}
@@ -210,19 +197,20 @@ def test_another_number_of_processes_goes_on_with_the_same_batches(
                 path.unlink()
         shutil.rmtree(work / "runs" / name / "checkpoints" / "step-0000012")
         write_json(work / "runs" / name / "run.json", {"task": "mlm", "finished": False})
-    command = [sys.executable, "-m", "bertling", "pretrain", "--ddp", "--nproc", "2", "--cp", "runs/other"]
-    process = start(command, work)
-    _, err = process.communicate(timeout=300)
+    process = start([*TORCHRUN, "pretrain", "--cp", "runs/other"], work)
+    out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     assert "; 2 processes" in err
+    assert out.count("validation accuracy") == 1  # only one of them answers
+    assert err.count("settings: ") == err.count("run folder: ") == 1
     assert_same_curve(whole, work / "runs" / "other", 12)
+    assert (work / "runs" / "other" / "accuracy.png").exists()
     assert train_mlm(cp=work / "runs" / "back").step == 12
     assert_same_curve(whole, work / "runs" / "back", 12)
 
 
 def test_the_processes_die_with_a_launcher_that_is_killed(work: Path) -> None:
-    shape = SHAPE | {"max_iters": 100_000, "save_every": "1000000"}
-    process, run = start_two(work, shape)
+    process, run = start_two(work, SLOW | {"save_every": "1000000"})
     assert in_progress(run)
     process.kill()
     process.wait()

@@ -13,7 +13,7 @@ from commands import Ended, bertling
 
 from bertling.console import program
 from bertling.files import BertlingError
-from bertling.tools.quickstart import MARKER, MASKED, REVIEWS, STAGES, QuickstartResult, claim
+from bertling.tools.quickstart import FINETUNING, MARKER, MASKED, REVIEWS, STAGES, QuickstartResult, claim
 
 REDUCED = ("--megabytes", 0.6, "--minutes", 5, "--steps", 20)
 
@@ -27,7 +27,8 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def ended(work: Path) -> Ended:
     """The one run; on one thread, since small sums over several wait for the slowest where a machine is busy."""
-    with mock.patch("bertling.runtime.available_cores", return_value=1):
+    shorter = mock.patch.dict(FINETUNING, {"epochs": "3"})
+    with shorter, mock.patch("bertling.runtime.available_cores", return_value=1):
         return bertling("quickstart", "--folder", "tour", "--json", *REDUCED, cwd=work)
 
 

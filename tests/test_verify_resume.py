@@ -111,7 +111,7 @@ def test_a_resume_that_forgets_something_fails(work: Path, monkeypatch: pytest.M
     sabotage = work / "sitecustomize.py"
     sabotage.write_text("import bertling.optim as optim\noptim.unpack_state = lambda optimizers, tensors: None\n")
     monkeypatch.setenv("PYTHONPATH", str(work))
-    report = check(work, learning_rate=1e-2, steps=40)
+    report = check(work, learning_rate=1e-2, kills=1)
     assert not report.passed
     assert re.match(
         r"FAIL: step \d+: .* in one go, .* killed and resumed; killed after step \d+ .*; both runs are in",

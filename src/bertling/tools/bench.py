@@ -22,7 +22,7 @@ from bertling.presets import preset_config
 from bertling.runtime import build_runtime
 from bertling.settings import Settings
 from bertling.tools.comparisons import ratio_lines, round_by_round
-from bertling.tools.contestants import CONTESTANTS, PHASES, Ours, Stock, Workload, peak_memory, wait
+from bertling.tools.contestants import CONTESTANTS, PHASES, Ours, Stock, Workload, peak_memory, stock_config, wait
 
 Say = Callable[[str], None]
 STEPS, WARM_UP = 3, 2
@@ -187,6 +187,8 @@ class Report:
 def bench(workload: Workload, *, against: bool, rounds: int, settings: dict[str, Any], say: Say) -> Report:
     """Let the contestants take turns on a workload; each runs a few steps in each of the rounds."""
     kinds = CONTESTANTS if against else CONTESTANTS[:1]
+    if against:
+        stock_config(workload)  # what has none is refused before anything is measured
     context = multiprocessing.get_context("spawn")
     pipes, processes = {}, []
     told: dict[str, list[dict[str, Any]]] = {kind: [] for kind in kinds}

@@ -6,7 +6,9 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -163,14 +165,23 @@ class Ours:
         self.trainer.step += 1
 
 
+def stock_config(workload: Workload) -> dict[str, Any]:
+    """The stock class's config.json. Raises BertlingError where there is no such class, or no transformers."""
+    if find_spec("transformers") is None:
+        raise BertlingError("--against hf needs transformers: pip install 'bertling[export]'")
+    config = config_to_hf(workload.config(), "masked_lm")
+    if config["model_type"] == "bertling-seed":
+        raise BertlingError("--against hf: the preset seed has no stock class; choose bert, distilbert or modern")
+    return config
+
+
 class Stock:
     """The class of transformers on the same rows and masks, in a plain loop."""
 
     def __init__(self, workload: Workload, folder: Path, runtime: Runtime, *, best: bool) -> None:
-        try:
-            import transformers
-        except ImportError:
-            raise BertlingError("--against hf needs transformers: pip install 'bertling[export]'") from None
+        config = stock_config(workload)
+        import transformers
+
         path, tokenizer = made_up_text(folder, workload)
         self.batches = MaskedBatches(
             [open_samples(path)],
@@ -179,9 +190,6 @@ class Stock:
             mlm_probability=workload.mlm_probability,
             tokenizer=tokenizer,
         )
-        config = config_to_hf(workload.config(), "masked_lm")
-        if config["model_type"] == "bertling-seed":
-            raise BertlingError("--against hf: the preset seed has no stock class; choose bert, distilbert or modern")
         if best and config["model_type"] == "modernbert":
             config["sparse_prediction"] = True  # its own way to spare the vocabulary matrix
         stock = transformers.AutoModelForMaskedLM.from_config(transformers.AutoConfig.for_model(**config))
