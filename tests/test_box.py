@@ -1,6 +1,8 @@
 """The model that comes with the package: it answers offline, is as good as its card says, and loads in transformers."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +28,15 @@ def test_it_fills_without_a_name(tmp_path: Path) -> None:
 def test_it_classifies_without_a_name(tmp_path: Path) -> None:
     for text, label in (("a warm , funny and clever film .", "positive"), ("dull , tired and boring .", "negative")):
         assert bertling("classify", text, "--json", cwd=tmp_path).answer["label"] == label
+
+
+def test_answering_loads_no_compiler() -> None:
+    """It would take as long as all the rest."""
+    code = (
+        "import sys, bertling; bertling.load().fill('a [MASK] .'); print({'sympy', 'torch._dynamo'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
 
 
 def test_it_embeds_and_is_small() -> None:

@@ -115,7 +115,9 @@ def from_hf(
         model = BUILDERS[wanted](ours)
     skip = () if keep_classifier else ("classifier.",)
     weights, report = match(model, tensors, skip=skip, may_be_fresh=wanted != stored)
-    model.to_empty(device="cpu")
+    # Memory at last; `to_empty` would do the same, but loads half of torch's compiler first.
+    memory = {name: torch.empty(parameter.shape) for name, parameter in model.named_parameters()}
+    model.load_state_dict(memory, strict=False, assign=True)
     if isinstance(model, BertForMaskedLM):
         model.tie_weights()
     with torch.no_grad():

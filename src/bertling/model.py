@@ -33,6 +33,13 @@ from bertling.presets import Pooling as Pooling
 VOCABULARY_MATRICES = ("embeddings.word_embeddings.weight", "mlm_head.decoder.weight")
 
 
+class Table(nn.Embedding):
+    """Vectors by number, without values until `initialize` or a checkpoint gives them."""
+
+    def reset_parameters(self) -> None:
+        """Nothing: torch's own values would be drawn for nothing, and on the meta device load its compiler first."""
+
+
 class Embeddings(nn.Module):
     """What a token is, plus where it stands and which segment it belongs to."""
 
@@ -40,12 +47,12 @@ class Embeddings(nn.Module):
         super().__init__()
         self.config = config
         hidden_size = config.hidden_size
-        self.word_embeddings = nn.Embedding(config.padded_vocab_size, hidden_size, padding_idx=config.pad_token_id)
+        self.word_embeddings = Table(config.padded_vocab_size, hidden_size, padding_idx=config.pad_token_id)
         self.position_embeddings = self.token_type_embeddings = None
         if config.positions == "learned":
-            self.position_embeddings = nn.Embedding(config.max_position_embeddings, hidden_size)
+            self.position_embeddings = Table(config.max_position_embeddings, hidden_size)
         if config.type_vocab_size:
-            self.token_type_embeddings = nn.Embedding(config.type_vocab_size, hidden_size)
+            self.token_type_embeddings = Table(config.type_vocab_size, hidden_size)
         self.norm = layer_norm(config) if config.embedding_norm else nn.Identity()
         self.dropout = Dropout(config.embedding_dropout_prob)
 
