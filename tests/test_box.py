@@ -31,7 +31,7 @@ def test_it_classifies_without_a_name(tmp_path: Path) -> None:
 
 
 def test_answering_loads_no_compiler() -> None:
-    """It would take as long as all the rest."""
+    """It takes about as long as importing torch itself (docs/experiments.md, "What a start consists of")."""
     code = (
         "import sys, bertling; bertling.load().fill('a [MASK] .'); print({'sympy', 'torch._dynamo'} & set(sys.modules))"
     )

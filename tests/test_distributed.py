@@ -101,6 +101,19 @@ def assert_same_curve(one: Path, two: Path, steps: int) -> None:
         torch.testing.assert_close(weights[1][name], value, atol=2e-3, rtol=1e-2)
 
 
+def test_torchrun_trains_as_one_process_does(work: Path, train_mlm: Callable[..., Outcome]) -> None:
+    shape = SHAPE | {"max_iters": 20, "val_interval": 10}
+    process = start([*TORCHRUN, "pretrain", *flags(base_dir=work, run_id="two", **shape)], work)
+    one = train_mlm(**shape)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert "; 2 processes" in err
+    assert out.count("validation accuracy") == 1  # only one of them answers
+    assert err.count("settings: ") == err.count("run folder: ") == 1
+    assert_same_curve(one.run, work / "runs" / "two", 20)
+    assert (work / "runs" / "two" / "accuracy.png").exists()
+
+
 def test_ddp_fine_tunes_as_one_process_does(work: Path, train_classifier: Callable[..., FinetuneResult]) -> None:
     # 61 texts in batches of 7: the last batch of an epoch has 5, of which one process gets 2.
     shape = SHAPE | {"batch_size": 7, "max_iters": 20, "preset": "bert", "val_interval": 10}
@@ -185,7 +198,7 @@ def test_a_signal_to_all_processes_saves_once(work: Path) -> None:
     assert state.numbers["step"] >= max(losses(run)) > 0
 
 
-def test_under_torchrun_another_number_of_processes_goes_on_with_the_same_batches(
+def test_another_number_of_processes_goes_on_with_the_same_batches(
     work: Path, train_mlm: Callable[..., Outcome]
 ) -> None:
     shape = SHAPE | {"max_iters": 12, "val_interval": 6, "save_every": "6", "max_checkpoints": 9}
@@ -197,14 +210,12 @@ def test_under_torchrun_another_number_of_processes_goes_on_with_the_same_batche
                 path.unlink()
         shutil.rmtree(work / "runs" / name / "checkpoints" / "step-0000012")
         write_json(work / "runs" / name / "run.json", {"task": "mlm", "finished": False})
-    process = start([*TORCHRUN, "pretrain", "--cp", "runs/other"], work)
-    out, err = process.communicate(timeout=300)
+    command = [sys.executable, "-m", "bertling", "pretrain", "--ddp", "--nproc", "2", "--cp", "runs/other"]
+    process = start(command, work)
+    _, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     assert "; 2 processes" in err
-    assert out.count("validation accuracy") == 1  # only one of them answers
-    assert err.count("settings: ") == err.count("run folder: ") == 1
     assert_same_curve(whole, work / "runs" / "other", 12)
-    assert (work / "runs" / "other" / "accuracy.png").exists()
     assert train_mlm(cp=work / "runs" / "back").step == 12
     assert_same_curve(whole, work / "runs" / "back", 12)
 

@@ -58,10 +58,8 @@ def test_a_killed_training_ends_as_one_that_ran_through(work: Path) -> None:
     assert all(kill.resumed_after <= kill.step < 30 for kill in report.kills)
 
 
-def test_a_killed_fine_tuning_on_two_processes_too_through_the_command(work: Path) -> None:
-    shape = {name: value for name, value in TINY.items() if name != "val_interval"}
-    shape |= {"batch_size": 9, "ddp": "true", "nproc": 2}
-    lines = [f"{name.replace('_', '-')} = {value}" for name, value in shape.items()]
+def test_a_killed_fine_tuning_too_through_the_command(work: Path) -> None:
+    lines = [f"{name.replace('_', '-')} = {value}" for name, value in TINY.items() if name != "val_interval"]
     texts = [f"train-input = {work / 'train.tsv'}", f"val-input = {work / 'dev.tsv'}", "task-type = classification"]
     (work / "tune.ini").write_text("\n".join([*lines, *texts, f"base-dir = {work}"]))
     done = bertling("verify-resume", "-c", work / "tune.ini", "--from-scratch", "--steps", 20, "--kills", 1, "--json")
@@ -85,6 +83,11 @@ def test_a_signal_leaves_neither_a_training_nor_its_folder(work: Path) -> None:
     assert process.returncode == 128 + signal.SIGTERM, err
     assert not Path(f"/proc/{child}").exists()
     assert list(work.glob("verify-resume-*")) == []
+
+
+def test_a_killed_training_of_two_processes_too(work: Path) -> None:
+    report = check(work, ddp=True, nproc=2, batch_size=9, kills=1)
+    assert report.passed, report.text()
 
 
 def test_a_difference_is_found(work: Path, train_mlm: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) -> None:
