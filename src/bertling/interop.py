@@ -115,7 +115,7 @@ def from_hf(
         model = BUILDERS[wanted](ours)
     skip = () if keep_classifier else ("classifier.",)
     weights, report = match(model, tensors, skip=skip, may_be_fresh=wanted != stored)
-    # Memory at last; `to_empty` would do the same, but loads half of torch's compiler first.
+    # Memory at last; `to_empty` would do the same, but imports sympy for it.
     memory = {name: torch.empty(parameter.shape) for name, parameter in model.named_parameters()}
     model.load_state_dict(memory, strict=False, assign=True)
     if isinstance(model, BertForMaskedLM):

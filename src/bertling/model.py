@@ -37,7 +37,7 @@ class Table(nn.Embedding):
     """Vectors by number, without values until `initialize` or a checkpoint gives them."""
 
     def reset_parameters(self) -> None:
-        """Nothing: torch's own values would be drawn for nothing, and on the meta device load its compiler first."""
+        """Draw none of torch's own values: they are replaced, and on the meta device load its compiler first."""
 
 
 class Embeddings(nn.Module):
