@@ -1,14 +1,15 @@
-"""Make the model in the box: one run for masked words, one on reviews that began there, a classifier behind that.
+"""Make the model in the box: masked words, then a classifier behind that, then masked words behind half of that one.
 
-    bertling pretrain --cp wiki/runs/mlm --freeze-blocks 2 --base-dir reviews --run-id mlm ...
-    bertling finetune --cp reviews/runs/mlm/checkpoints/last --freeze-blocks 2 --run-id sst2 ...
-    python benchmarks/box.py --fill wiki/runs/mlm --reviews reviews/runs/mlm/checkpoints/last \\
-        --classify wiki/runs/sst2/checkpoints/last \\
-        --mlm-data wiki/datasets/val_enwiki_128_123 --sst2-data wiki/datasets/validation.parquet
+    bertling pretrain -c configs/cpu-1h.ini --run-id mlm
+    bertling finetune --cp wiki/runs/mlm --base-dir wiki --run-id sst2 ...
+    bertling pretrain -c configs/cpu-1h.ini --run-id again --cp wiki/runs/sst2 --freeze-blocks 2 --dropout 0
+    python benchmarks/box.py wiki/runs/mlm wiki/runs/sst2 wiki/runs/again \\
+        --mlm-data wiki/datasets/val_wiki_128_123 --sst2-data wiki/datasets/validation-00000-of-00001.parquet
 
-Both encoders share embeddings and lowest blocks, which are stored once, all in fp16. One folder holds both as variants
-in transformers' sense: the plain index finds the model for masked words, `variant="sst2"` the classifier. Both are
-scored as they lie in the box, and the figures go into its card.
+The last model with either head goes in the box, in fp16; what both have in common (embeddings and lowest blocks, where
+one of them was trained with these frozen) is stored once. One folder holds both as variants in transformers' sense: the
+plain index finds the model for masked words, `variant="sst2"` the classifier. Both are scored as they lie in the box,
+and the figures go into its card.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from safetensors.torch import save_file
 from bertling.checkpoint import Loaded, load_checkpoint
 from bertling.files import atomic_folder, write_json
 from bertling.inference import BOX
-from bertling.interop import to_hf
+from bertling.interop import head_of, to_hf
 from bertling.labelled import load_labelled
 from bertling.model import count_parameters
 from bertling.runtime import build_runtime
@@ -69,30 +70,14 @@ Of the weights as they lie here, computed in fp32.
 |---|---|---|---|
 | masked words | {mlm:.1%} | {mlm_floor:.1%} (commonest token) | {mlm_protocol} |
 | SST-2 | {sst2:.1%} | {sst2_floor:.1%} (commonest class), 81.9 % (bag of words) | {sst2_protocol}; \
-last step of seed {seed}, standard error {error:.1f} points |
+one seed, standard error {error:.1f} points |
 
 ## Training
 
-From random weights, by `bertling pretrain` on two cores without a GPU: {mlm_length}, with
+On two cores without a GPU.
 
-```ini
-{mlm_settings}
-```
-
-The classifier left embeddings and {shared_blocks} lowest blocks as they were. First masked words of SST-2's training
-sentences, without their labels (`benchmarks/sentences.py`), by `bertling pretrain`: {reviews_length}, with
-
-```ini
-{reviews_settings}
-```
-
-then by `bertling finetune` on SST-2's 67,349 phrases: {sst2_length}, with
-
-```ini
-{sst2_settings}
-```
-
-`benchmarks/box.py` put the two together.
+{stages}
+`benchmarks/box.py` put the last of either head together.
 
 ## Data and licence
 
@@ -103,32 +88,37 @@ licence. The classifier learned from SST-2 (Socher et al. 2013, in GLUE's form),
 ## Limits
 
 Small and briefly trained: it knows common words and grammar, few facts, and English alone. The classifier has read film
-reviews and nothing else, does not know "neutral", and gets about one sentence in six wrong. Wikipedia's and reviewers'
-biases are in it. Not for decisions about people.
+reviews and nothing else, does not know "neutral", and gets {wrong:.0%} of their sentences wrong. Wikipedia's and
+reviewers' biases are in it. Not for decisions about people.
 """
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name in ("fill", "reviews", "classify", "mlm-data", "sst2-data"):
+    parser.add_argument("stages", type=Path, nargs="+", help="checkpoints, each trained from the one before")
+    for name in ("mlm-data", "sst2-data"):
         parser.add_argument(f"--{name}", type=Path, required=True)
     parser.add_argument("-o", "--output", type=Path, default=BOX)
     options = parser.parse_args()
 
-    fill, reviews, classify = map(load_checkpoint, (options.fill, options.reviews, options.classify))
+    stages = [load_checkpoint(folder) for folder in options.stages]
+    last = {head_of(stage.model): stage for stage in stages}
+    if not {"masked_lm", "classification"} <= last.keys():
+        parser.error("the box needs a model for masked words and a classifier")
+    fill, classify = last["masked_lm"], last["classification"]
     if fill.tokenizer.entries != classify.tokenizer.entries:
-        parser.error("the two runs have different vocabularies")
+        parser.error("the two models have different vocabularies")
     with atomic_folder(options.output, force=True) as folder:
-        write_weights(folder, fill, classify)
+        shared = write_weights(folder, fill, classify)
         fill.tokenizer.save(folder, token_types=False, max_length=fill.model.config.max_position_embeddings)
-        (folder / "README.md").write_text(card(folder, fill, reviews, classify, options))
+        (folder / "README.md").write_text(card(folder, stages, shared, options))
     print((options.output / "README.md").read_text())
     for path in sorted(options.output.iterdir()):
         print(f"{path}: {path.stat().st_size:,} bytes")
 
 
-def write_weights(folder: Path, fill: Loaded, classify: Loaded) -> None:
-    """What both have in common, the rest of each, an index for each, and one configuration."""
+def write_weights(folder: Path, fill: Loaded, classify: Loaded) -> set[str]:
+    """What both have in common, whose names it returns, the rest of each, an index for each, and one configuration."""
     (fill_config, fill_weights), (classify_config, classify_weights) = to_hf(fill.model), to_hf(classify.model)
     shared = {
         key for key, value in fill_weights.items() if key in classify_weights and value.equal(classify_weights[key])
@@ -146,6 +136,7 @@ def write_weights(folder: Path, fill: Loaded, classify: Loaded) -> None:
     write_json(
         folder / "config.json", classify_config | fill_config | labels(classify_config) | {"architectures": both}
     )
+    return shared
 
 
 def labels(config: dict[str, Any]) -> dict[str, Any]:
@@ -153,12 +144,12 @@ def labels(config: dict[str, Any]) -> dict[str, Any]:
     return {key: config[key] for key in ("id2label", "label2id", "classifier_pooling")}
 
 
-def card(folder: Path, fill: Loaded, reviews: Loaded, classify: Loaded, options: argparse.Namespace) -> str:
+def card(folder: Path, stages: list[Loaded], shared: set[str], options: argparse.Namespace) -> str:
     """The README.md of the box, with scores of what lies in the folder."""
     runtime = build_runtime(parse_settings({"device": "cpu", "dtype": "fp32", "compile": "false"}))
-    boxed = load_checkpoint(folder, head="classification", variant="sst2")
-    sst2 = score_classifier(boxed, texts_for(boxed, options.sst2_data, None, None), runtime)
-    mlm = score_masked_lm(load_checkpoint(folder), options.mlm_data, runtime)
+    fill, classify = load_checkpoint(folder), load_checkpoint(folder, head="classification", variant="sst2")
+    mlm = score_masked_lm(fill, options.mlm_data, runtime)
+    sst2 = score_classifier(classify, texts_for(classify, options.sst2_data, None, None), runtime)
     count = len(load_labelled(options.sst2_data).texts)
     config = fill.model.config
     accuracy = sst2.figures["accuracy"]
@@ -168,7 +159,7 @@ def card(folder: Path, fill: Loaded, reviews: Loaded, classify: Loaded, options:
         parameters=count_parameters(fill.model).total,
         vocabulary=config.vocab_size,
         length=config.max_position_embeddings,
-        shared_blocks=int(told(classify)["freeze-blocks"]),
+        shared_blocks=len({name.split(".")[2] for name in shared if name.startswith("model.layers.")}),
         megabytes=sum(path.stat().st_size for path in folder.iterdir()) / 1e6,
         mlm=mlm.figures["accuracy"],
         mlm_floor=mlm.figures["unigram accuracy"],
@@ -176,14 +167,9 @@ def card(folder: Path, fill: Loaded, reviews: Loaded, classify: Loaded, options:
         sst2=accuracy,
         sst2_floor=sst2.figures["majority class"],
         sst2_protocol=protocol(sst2),
-        seed=told(classify)["seed"],
+        wrong=1 - accuracy,
         error=100 * (accuracy * (1 - accuracy) / count) ** 0.5,
-        mlm_length=length(fill),
-        mlm_settings=told_text(fill),
-        reviews_length=length(reviews),
-        reviews_settings=told_text(reviews),
-        sst2_length=length(classify),
-        sst2_settings=told_text(classify),
+        stages="\n".join(told(number, stage) for number, stage in enumerate(stages, 1)),
     )
 
 
@@ -192,24 +178,19 @@ def protocol(scored: Evaluation) -> str:
     return scored.protocol.replace("|", "/")
 
 
-def told_text(loaded: Loaded) -> str:
-    """The settings that a checkpoint was trained with, without those that say nothing about the weights."""
-    state = training_state(loaded.folder)
-    assert state is not None, f"{loaded.folder} is no checkpoint of a run"
+def told(number: int, stage: Loaded) -> str:
+    """One stage of the training: which command, how long, from what, and its settings but for those of the machine."""
+    state = training_state(stage.folder)
+    assert state is not None, f"{stage.folder} is no checkpoint of a run"
     idle = ("base-dir", "run-id", "max-checkpoints", "wandb", "dist-", "case", "device", "async", "seeds")
-    return "\n".join(line for line in state["settings"].splitlines() if not line.startswith(idle))
-
-
-def told(loaded: Loaded) -> dict[str, str]:
-    """The same as a table."""
-    return dict(line.split(" = ", 1) for line in told_text(loaded).splitlines())
-
-
-def length(loaded: Loaded) -> str:
-    """How long a run took."""
-    state = training_state(loaded.folder)
-    assert state is not None
-    return f"{state['step']:,} steps in {state['seconds'] / 60:.0f} minutes"
+    lines = [line for line in state["settings"].splitlines() if not line.startswith(idle)]
+    frozen = int(dict(line.split(" = ", 1) for line in lines)["freeze-blocks"])
+    start = f"from {number - 1}" if number > 1 else "from random weights"
+    kept = f", embeddings and {frozen} lowest blocks left as they were" if frozen else ""
+    command = "pretrain" if head_of(stage.model) == "masked_lm" else "finetune"
+    length = f"{state['step']:,} steps in {state['seconds'] / 60:.0f} minutes"
+    settings = "\n".join(lines)
+    return f"{number}. `bertling {command}` {start}{kept}: {length}, with\n\n```ini\n{settings}\n```\n"
 
 
 if __name__ == "__main__":
