@@ -12,6 +12,7 @@ latter.
 import argparse
 import json
 import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -98,10 +99,21 @@ class Steps:
 def bertling(words: Sequence[str]) -> Any:
     """What a command answers; this program ends with it where it was stopped or failed."""
     print(f"\n$ bertling {shlex.join(words)}", file=sys.stderr, flush=True)
-    done = subprocess.run([sys.executable, "-m", "bertling", *words, "--json"], stdout=subprocess.PIPE, text=True)
-    if done.returncode:
-        sys.exit(done.returncode)
-    return json.loads(done.stdout)
+    command = [sys.executable, "-m", "bertling", *words, "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as running:
+        # A training that is asked to stop saves first: wait for it. Control-C reaches it by itself, SIGTERM does not.
+        before = [
+            signal.signal(signal.SIGINT, lambda number, frame: None),
+            signal.signal(signal.SIGTERM, lambda number, frame: running.send_signal(number)),
+        ]
+        try:
+            out = running.communicate()[0]
+        finally:
+            for number, handler in zip((signal.SIGINT, signal.SIGTERM), before, strict=True):
+                signal.signal(number, handler)
+    if running.returncode:
+        sys.exit(running.returncode if running.returncode > 0 else 128 - running.returncode)
+    return json.loads(out)
 
 
 if __name__ == "__main__":
