@@ -1,6 +1,6 @@
 """One row of docs/results.md in one command, from raw text to its figures, a plot and a small classifier.
 
-    bertling download sst2 -o reproduced/datasets
+    bertling download sst2 -o reproduced/datasets/sst2
     python benchmarks/reproduce.py -c configs/cpu-1h.ini --text wiki.train.tokens --val-text wiki.valid.tokens
 
 It runs what a user would type, and shows it: vocab, prepare, pretrain, evaluate, finetune with five seeds, export of
@@ -19,7 +19,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bertling.files import read_json, write_json
+from bertling.files import BertlingError, read_json, write_json
+from bertling.labelled import sst2_files
 from bertling.settings import read_settings
 
 FINETUNE = "--batch-size 32 --epochs 2 --learning-rate 3e-4"
@@ -43,6 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     vocab, datasets, runs = work / "vocab", work / "datasets", work / "runs"
     mlm, classes = f"{name}-mlm", f"{name}-classes"
     steps = Steps(work)
+    if "--train-input" not in options.finetune:
+        check_sst2(work)
 
     texts = [word for path in options.text for word in ("-i", path)]
     steps.do("vocab", "vocab", *texts, "-o", vocab, "--size", options.vocab_size, "--force")
@@ -66,6 +69,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         f"({scored['loss']:.3f}) | {100 * accuracy['mean']:.1f} %{spread} |"
     )
     print(f"\nplots: {runs / mlm}/accuracy.png, {first.parents[1]}/accuracy.png; classifier: {work / classes}")
+
+
+def check_sst2(work: Path) -> None:
+    """Say now, not after hours, that the tables are missing."""
+    try:
+        sst2_files(work)
+    except BertlingError as error:
+        sys.exit(f"error: {error}")
 
 
 class Steps:

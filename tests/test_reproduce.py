@@ -68,3 +68,10 @@ def test_it_ends_with_a_command_that_failed(script: ModuleType, tmp_path: Path) 
         script.Steps(tmp_path).do("vocab", "vocab", "-i", tmp_path / "none.txt", "-o", tmp_path / "vocab")
     assert end.value.code == 2
     assert not (tmp_path / "reproduce.json").exists()
+
+
+def test_missing_tables_are_missed_at_once(script: ModuleType, tmp_path: Path) -> None:
+    words = ["-c", SCRIPT.parents[1] / "configs" / "cpu-1h.ini", "--text", TEXT, "--val-text", TEXT]
+    words += ["--work", tmp_path]
+    with pytest.raises(SystemExit, match=r"error: .*train-00000-of-00001.parquet: missing; fetch it by 'bertling"):
+        script.main([str(word) for word in words])
