@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 from bertling.files import BertlingError, read_json, write_json
-from bertling.labelled import sst2_files
 from bertling.settings import read_settings
 
 FINETUNE = "--batch-size 32 --epochs 2 --learning-rate 3e-4"
@@ -35,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--name", help="of the runs (default: the settings file's)")
     parser.add_argument("--vocab-size", type=int, default=8192, help="entries (default: 8192)")
     parser.add_argument("--seeds", type=int, default=5, help="fine-tunings (default: 5)")
-    parser.add_argument("--pretrain", default="", help="further flags of the pre-training, as one word")
+    parser.add_argument("--pretrain", default="", help="further flags of the pre-training: --pretrain='...'")
     parser.add_argument("--finetune", default=FINETUNE, help=f"flags of the fine-tuning (default: '{FINETUNE}')")
     options = parser.parse_args(arguments)
 
@@ -73,6 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def check_sst2(work: Path) -> None:
     """Say now, not after hours, that the tables are missing."""
+    from bertling.labelled import sst2_files
+
     try:
         sst2_files(work)
     except BertlingError as error:
@@ -86,25 +87,27 @@ class Steps:
         self.work, self.path = work, work / "reproduce.json"
         self.notes = read_json(self.path, "record of steps") if self.path.exists() else {}
 
-    def do(self, step: str, *words: object, resumed: Sequence[object] | None = None) -> Any:
+    def do(self, step: str, *words: object, resumed: Sequence[object] = ()) -> Any:
         """The answer of `bertling WORDS`, or of `bertling RESUMED` where that goes on with what was begun."""
         asked = [str(word) for word in words]
-        if step not in self.notes:
-            answer = bertling(asked if resumed is None else [str(word) for word in resumed])
-            self.notes[step] = {"words": asked, "answer": answer}
-            write_json(self.path, self.notes)
-        elif self.notes[step]["words"] != asked:
-            done = shlex.join(self.notes[step]["words"])
+        note = self.notes.setdefault(step, {"words": asked})
+        if note["words"] != asked and ("answer" in note or resumed):
+            done = shlex.join(note["words"])
             sys.exit(f"error: {self.path}: '{step}' was done by 'bertling {done}'; name another --work or --name")
-        return self.notes[step]["answer"]
+        if "answer" not in note:
+            note |= {"words": asked, "answer": bertling([str(word) for word in resumed] or asked)}
+            write_json(self.path, self.notes)
+        return note["answer"]
 
     def train(self, run: str, command: str, *words: object) -> Any:
         """The same for a training, which may have been begun: all its seeds, if they are several, have its name."""
-        names = ("--base-dir", self.work, "--run-id", run)
-        runs = self.work / "runs"
+        step, runs, names = f"{run}: train", self.work / "runs", ("--base-dir", self.work, "--run-id", run)
         begun = [*runs.glob(f"{run}/checkpoints/step-*"), *runs.glob(f"{run}-seed*/checkpoints/step-*")]
-        resumed = [command, "--resume", *names] if begun else None
-        return self.do(f"{run}: train", command, *words, *names, resumed=resumed)
+        if not begun and "answer" not in self.notes.get(step, {}):
+            # Noted before it begins: a training that goes on keeps its settings, whatever is asked for then.
+            self.notes[step] = {"words": [command, *map(str, (*words, *names))]}
+            write_json(self.path, self.notes)
+        return self.do(step, command, *words, *names, resumed=(command, "--resume", *names) if begun else ())
 
 
 def bertling(words: Sequence[str]) -> Any:

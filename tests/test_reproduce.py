@@ -63,6 +63,21 @@ def test_it_goes_on_where_it_was(
         script.main([*map(str, words), "--pretrain", f"{small} --max-iters 3"])
 
 
+def test_a_training_that_was_begun_keeps_its_words(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(command: Sequence[str]) -> Any:
+        (tmp_path / "runs" / "mlm" / "checkpoints" / "step-0000002").mkdir(parents=True, exist_ok=True)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(script, "bertling", killed)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            script.Steps(tmp_path).train("mlm", "pretrain", "--max-iters", 4)
+    with pytest.raises(SystemExit, match="'mlm: train' was done by 'bertling pretrain --max-iters 4 "):
+        script.Steps(tmp_path).train("mlm", "pretrain", "--max-iters", 5)
+
+
 def test_it_ends_with_a_command_that_failed(script: ModuleType, tmp_path: Path) -> None:
     with pytest.raises(SystemExit) as end:
         script.Steps(tmp_path).do("vocab", "vocab", "-i", tmp_path / "none.txt", "-o", tmp_path / "vocab")
