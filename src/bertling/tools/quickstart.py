@@ -351,7 +351,7 @@ class Tour:
         scratch = train_from(None, SCRATCH, lambda text: None)
         self.tell(
             "Manuals say little about good and bad. So once more from the masked language model that comes with the "
-            "package, which read Wikipedia for two hours, on two cores too, and some film reviews:"
+            "package: two hours of Wikipedia, on two cores too, and in between a lesson in good and bad film reviews:"
         )
         boxed = train_from(Path(near(BOX)), BOXED, lambda text: None)
         self.tell(
