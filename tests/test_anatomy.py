@@ -1,4 +1,4 @@
-"""docs/anatomy.md: what stands behind its prompts runs, and prints what it says."""
+"""docs/anatomy.md: what follows its prompts runs, and prints what it says; the drawing agrees."""
 
 import doctest
 import re
@@ -20,3 +20,5 @@ def test_the_walk_through_the_model_prints_what_it_says(tmp_path: Path, monkeypa
     assert not failed, "".join(said)
     assert tried > 30
     assert (tmp_path / "attention.png").stat().st_size > 10_000
+    answer = re.findall(r"^4 \['(in .*)'\]$", lines, flags=re.MULTILINE)[0].replace("', '", ", ")
+    assert f">{answer}<" in (PAGE.parent / "images" / "anatomy.svg").read_text()

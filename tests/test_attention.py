@@ -14,7 +14,7 @@ from bertling.attention import (
     attention,
     drop_out,
     padding_mask,
-    reference_attention,
+    plain_attention,
     rotary_angles,
     rotate,
     sinusoidal_positions,
@@ -62,7 +62,7 @@ def test_fast_and_plain_attention_agree(padded: bool, monkeypatch: pytest.Monkey
         mask = padding_mask(torch.arange(9) < lengths[:, None])
     results = []
     with mock.patch.object(F, "scaled_dot_product_attention", wraps=F.scaled_dot_product_attention) as fused:
-        for function in (attention, reference_attention):
+        for function in (attention, plain_attention):
             q, k, v = leaves = [x.clone().requires_grad_() for x in inputs]
             output = function(q, k, v, mask)
             output.square().sum().backward()
@@ -115,8 +115,8 @@ def test_dropout_follows_its_setting_and_the_mode() -> None:
 def test_dropout_of_the_plain_attention_keeps_the_mean() -> None:
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 1, 1, 4, 8)
-    runs = torch.stack([reference_attention(q, k, v, None, 0.3) for _ in range(2000)])
-    assert torch.allclose(runs.mean(dim=0), reference_attention(q, k, v, None), atol=0.1)
+    runs = torch.stack([plain_attention(q, k, v, None, 0.3) for _ in range(2000)])
+    assert torch.allclose(runs.mean(dim=0), plain_attention(q, k, v, None), atol=0.1)
     assert not torch.equal(runs[0], runs[1])
 
 

@@ -32,7 +32,7 @@ def test_flops_are_those_that_torch_counts(preset: str) -> None:
     ids = torch.randint(5, 128, (4, 32))
     positions, labels = torch.arange(0, 128, 8), torch.randint(5, 128, (16,))
     with FlopCounterMode(display=False) as counter:
-        model(ids, None, positions, labels).loss_sum.backward()
+        model(ids, None, wanted=positions, labels=labels).loss_sum.backward()
     assert counter.get_total_flops() == flops(workload.config(), 4, 32, 16)
 
 

@@ -63,7 +63,7 @@ def test_masked_only_loss_equals_full_loss(name: str) -> None:
     full_labels = torch.full((ids.numel(),), -100).index_put((positions[:4],), labels[:4]).view_as(ids)
     gradients = []
     outputs: list[MaskedOutput] = []
-    for output in (model(ids, None, positions, labels), model(ids, labels=full_labels)):
+    for output in (model(ids, None, wanted=positions, labels=labels), model(ids, labels=full_labels)):
         model.zero_grad()
         output.loss_sum.backward()
         outputs.append(output)
@@ -111,7 +111,7 @@ def test_a_row_of_padding_alone_does_no_harm(name: str) -> None:
     model, ids = shaken(BertForMaskedLM(tiny(name))), some_ids()
     mask = torch.ones_like(ids)
     mask[1] = 0
-    output = model(ids, mask, torch.tensor([0, 30]), torch.tensor([8, 9]))
+    output = model(ids, mask, wanted=torch.tensor([0, 30]), labels=torch.tensor([8, 9]))
     output.loss_sum.backward()
     assert torch.isfinite(model(ids, mask)).all()
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
@@ -121,11 +121,11 @@ def test_a_row_of_padding_alone_does_no_harm(name: str) -> None:
 def test_rows_that_pad_the_vocabulary_stay_out(name: str) -> None:
     model, ids = shaken(BertForMaskedLM(tiny(name))).eval(), some_ids()
     positions, labels = torch.arange(ids.numel()), ids.flatten()
-    before = model(ids, None, positions, labels)
+    before = model(ids, None, wanted=positions, labels=labels)
     matrix = model.mlm_head.decoder.weight
     with torch.no_grad():
         matrix[VOCAB:] = 1e4  # would win everywhere
-    after = model(ids, None, positions, labels)
+    after = model(ids, None, wanted=positions, labels=labels)
     assert torch.equal(before.loss_sum, after.loss_sum)
     assert torch.equal(before.correct, after.correct)
     after.loss_sum.backward()
@@ -186,11 +186,11 @@ def test_overfits_one_batch(name: str) -> None:
     masked = ids.flatten().index_fill(0, positions, 4).view_as(ids)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for _ in range(120):
-        output = model(masked, None, positions, labels)
+        output = model(masked, None, wanted=positions, labels=labels)
         optimizer.zero_grad()
         (output.loss_sum / len(labels)).backward()
         optimizer.step()
-    output = model.eval()(masked, None, positions, labels)
+    output = model.eval()(masked, None, wanted=positions, labels=labels)
     assert output.correct == len(labels)
     assert output.loss_sum / len(labels) < 0.3
 
@@ -199,9 +199,9 @@ def test_overfits_one_batch(name: str) -> None:
 def test_bfloat16_autocast_is_near_and_its_loss_is_fp32(name: str) -> None:
     model, ids = shaken(BertForMaskedLM(tiny(name))), some_ids()
     positions, labels = torch.arange(ids.numel()), ids.flatten()
-    exact = model(ids, ids > 9, positions, labels)
+    exact = model(ids, ids > 9, wanted=positions, labels=labels)
     with torch.autocast("cpu", torch.bfloat16):
-        output = model(ids, ids > 9, positions, labels)
+        output = model(ids, ids > 9, wanted=positions, labels=labels)
     assert output.loss_sum.dtype is torch.float32
     assert torch.allclose(output.loss_sum, exact.loss_sum, rtol=0.02)
     output.loss_sum.backward()
@@ -211,20 +211,20 @@ def test_bfloat16_autocast_is_near_and_its_loss_is_fp32(name: str) -> None:
 def assert_compiled_equals_eager(model: BertForMaskedLM, backend: str) -> None:
     torch._dynamo.reset()
     ids = some_ids()
-    arguments = (ids, ids > 9, torch.arange(0, 36, 3), ids.flatten()[::3])
-    eager = model(*arguments)
+    batch = {"attention_mask": ids > 9, "wanted": torch.arange(0, 36, 3), "labels": ids.flatten()[::3]}
+    eager = model(ids, **batch)
     eager.loss_sum.backward()
     expected = {path: p.grad.clone() for path, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     compiled = torch.compile(model, fullgraph=True, backend=backend)
-    output = compiled(*arguments)
+    output = compiled(ids, **batch)
     output.loss_sum.backward()
     assert torch.allclose(output.loss_sum, eager.loss_sum, rtol=1e-5)
     for path, parameter in model.named_parameters():
         assert parameter.grad is not None
         assert torch.allclose(parameter.grad, expected[path], rtol=1e-3, atol=1e-4), path
     model.eval()
-    assert compiled(*arguments).correct == model(*arguments).correct
+    assert compiled(ids, **batch).correct == model(ids, **batch).correct
 
 
 @every_preset

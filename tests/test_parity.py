@@ -92,7 +92,9 @@ class Inputs:
 
 def our_loss(model: BertEncoder, inputs: Inputs) -> Tensor:
     if isinstance(model, BertForMaskedLM):
-        loss: Tensor = model(inputs.ids, inputs.mask, inputs.positions, inputs.answers, inputs.segments).loss_sum
+        loss: Tensor = model(
+            inputs.ids, inputs.mask, inputs.segments, wanted=inputs.positions, labels=inputs.answers
+        ).loss_sum
         return loss / len(inputs.positions)
     return F.cross_entropy(model(inputs.ids, inputs.mask, inputs.segments), inputs.labels)
 

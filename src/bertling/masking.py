@@ -62,13 +62,13 @@ def mask_tokens(
     is_special, ordinary = _tables(tuple(special_ids), vocab_size)
     special = is_special[input_ids]
     places = seq_len - special.sum(dim=1)
-    wanted = (places.double() * mlm_probability).round().long().clamp(1, slots).minimum(places)
+    quota = (places.double() * mlm_probability).round().long().clamp(1, slots).minimum(places)
     scores = torch.rand(batch, seq_len, generator=generator)
     if continues is None:
         columns = scores.masked_fill_(special, 2.0).topk(slots, dim=1, largest=False).indices
-        used = torch.arange(slots) < wanted[:, None]
+        used = torch.arange(slots) < quota[:, None]
     else:
-        columns, used = _whole_words(scores, ~continues[input_ids] | special, special, wanted, slots)
+        columns, used = _whole_words(scores, ~continues[input_ids] | special, special, quota, slots)
     positions = columns + torch.arange(0, batch * seq_len, seq_len)[:, None]
     original = input_ids.reshape(-1)[positions]
     draw = torch.rand(batch, slots, generator=generator)
@@ -85,15 +85,15 @@ def mask_tokens(
     )
 
 
-def _whole_words(scores: Tensor, starts: Tensor, special: Tensor, wanted: Tensor, slots: int) -> tuple[Tensor, Tensor]:
+def _whole_words(scores: Tensor, starts: Tensor, special: Tensor, quota: Tensor, slots: int) -> tuple[Tensor, Tensor]:
     """Columns [B, S], whole words in the order of one random score each, and which of them are used [B, S].
 
-    A word that would exceed the number wanted [B] is left out, and the next ones are tried, as by Devlin et al.
+    A word that would exceed its row's quota [B] is left out, and the next ones are tried, as by Devlin et al.
     """
     word = starts.cumsum(dim=1) - starts[:, :1].long()  # [B, T]: 0, 1, 2 ... along each row
     sizes = torch.zeros_like(word).scatter_add_(1, word, (~special).long())  # [B, T]: tokens of each word; 0: none
     order = scores.masked_fill(sizes == 0, 2.0).argsort(dim=1)  # [B, T]: words, one score each; what is none comes last
-    left, taken = wanted.clone(), torch.zeros_like(special)  # [B], [B, T]
+    left, taken = quota.clone(), torch.zeros_like(special)  # [B], [B, T]
     for number in range(int((sizes > 0).sum(dim=1).max())):
         now = order[:, number, None]  # [B, 1]
         size = sizes.gather(1, now)[:, 0]

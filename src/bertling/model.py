@@ -1,11 +1,11 @@
 """The anatomy of a BERT: embeddings, blocks, and the two heads (masked words, classification). No IO, no globals.
 
-Read `BertForMaskedLM.forward` first, then Embeddings, Encoder, Block and MLP; SelfAttention is in attention.py, and the
+Read `BertForMaskedLM.forward` first, then Embeddings, Blocks, Block and MLP; SelfAttention is in attention.py, and the
 tables of values that make all this BERT, DistilBERT or ModernBERT are in presets.py.
 
 A token is a vector of D numbers all the way through, the residual stream [B, T, D]; each block adds to it. `wanted` [M]
 names the tokens whose result someone reads, by row * T + column: the last block and the head compute no others.
-Shapes: B batch, T tokens, D hidden, I inside the MLP, V vocabulary, M wanted tokens, L labels.
+Shapes: B batch, T tokens, D hidden, I inside the MLP, V vocabulary, P the same padded, M wanted tokens, L labels.
 """
 
 import math
@@ -28,16 +28,6 @@ from bertling.files import BertlingError
 from bertling.presets import ModelConfig as ModelConfig
 from bertling.presets import Pooler
 from bertling.presets import Pooling as Pooling
-
-# Their rows are filled up to a multiple of 64, for faster products; files hold the vocabulary's alone.
-VOCABULARY_MATRICES = ("embeddings.word_embeddings.weight", "mlm_head.decoder.weight")
-
-
-class Table(nn.Embedding):
-    """Vectors by number, without values until `initialize` or a checkpoint gives them."""
-
-    def reset_parameters(self) -> None:
-        """Draw none of torch's own values: they are replaced, and on the meta device load its compiler first."""
 
 
 class Embeddings(nn.Module):
@@ -117,7 +107,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, sight: Sight, wanted: Tensor | None = None) -> Tensor:
         """[B, T, D] -> [B, T, D]; or -> [M, D] with `wanted` [M]: these look at all tokens, the rest is dropped."""
-        residual = x if wanted is None else x.flatten(0, 1).index_select(0, wanted)
+        residual = x if wanted is None else x.flatten(0, 1).index_select(0, wanted)  # [B, T, D] -> [B * T, D] -> [M, D]
         if self.norm_first:  # each part reads a normalised copy; the stream itself passes, and so do gradients
             mixed = self.attention(self.attention_norm(x), sight, wanted)
             x = residual + self.dropout(mixed)
@@ -129,7 +119,7 @@ class Block(nn.Module):
         return x
 
 
-class Encoder(nn.Module):
+class Blocks(nn.Module):
     """The blocks, one after another."""
 
     def __init__(self, config: ModelConfig) -> None:
@@ -146,26 +136,27 @@ class Encoder(nn.Module):
         With `wanted` [M] the last block ends at these tokens, [M, D]: no one reads the others.
         """
         last = len(self.layers) - 1
-        # Masks and angles, once for each kind of block that there is: seeing all, or a window.
-        kinds = sorted({self.config.is_local(i) for i in range(len(self.layers))})
-        sights = {local: self.sight(x, attention_mask, local=local) for local in kinds}
+        # Masks and angles are made once for each kind of block: those that see the whole row, and those with a window.
+        everywhere = self.sight(x, attention_mask, local=False)
+        windows = any(self.config.is_local(i) for i in range(len(self.layers)))
+        nearby = self.sight(x, attention_mask, local=True) if windows else everywhere
         for i, block in enumerate(self.layers):
-            x = block(x, sights[self.config.is_local(i)], wanted if i == last else None)
+            x = block(x, nearby if self.config.is_local(i) else everywhere, wanted if i == last else None)
         output: Tensor = self.final_norm(x)
         return output
 
     def sight(self, x: Tensor, attention_mask: Tensor | None, *, local: bool) -> Sight:
         """What the blocks that look everywhere, or the `local` ones, are told about the places of `x` [B, T, D]."""
         config, length = self.config, x.shape[1]
-        mask = None if attention_mask is None else padding_mask(attention_mask)
+        visible = None if attention_mask is None else padding_mask(attention_mask)
         if local:
-            mask = window_mask(length, config.local_attention // 2, mask, x.device)
+            visible = window_mask(length, config.local_attention // 2, visible, x.device)
         rotary = None
         if config.positions == "rotary":
             theta = config.local_rope_theta if local else config.rope_theta
             exact = torch.promote_types(x.dtype, torch.float32)  # in bf16, far angles would be noise
             rotary = rotary_angles(length, config.head_dim, theta, x.device, exact)
-        return Sight(mask, rotary)
+        return Sight(visible, rotary)
 
 
 class BertEncoder(nn.Module):
@@ -175,7 +166,7 @@ class BertEncoder(nn.Module):
         super().__init__()
         self.config = config
         self.embeddings = Embeddings(config)
-        self.encoder = Encoder(config)
+        self.encoder = Blocks(config)
 
     def encode(
         self,
@@ -225,7 +216,7 @@ class MaskedLMHead(nn.Module):
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., D] -> [..., V], the padded rows at minus infinity: they never win, nor count in a softmax."""
+        """[..., D] -> [..., P], the padded columns at minus infinity: they never win, nor count in a softmax."""
         bias = F.pad(self.bias, (0, self.decoder.out_features - len(self.bias)), value=float("-inf"))
         return F.linear(self.transform(x), self.decoder.weight, bias)
 
@@ -257,9 +248,10 @@ class BertForMaskedLM(BertEncoder):
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        *,
         wanted: Tensor | None = None,
         labels: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
     ) -> Tensor | MaskedOutput:
         """Logits [B, T, V]; with `wanted` [M] logits [M, V]; with `labels` a MaskedOutput.
 
@@ -267,10 +259,11 @@ class BertForMaskedLM(BertEncoder):
         Only the tokens wanted pass through the end of the last block and the vocabulary matrix, by far the largest.
         """
         x = self.encode(input_ids, attention_mask, token_type_ids, wanted)  # [B, T, D] or [M, D]
-        logits: Tensor = self.mlm_head(x)
+        logits: Tensor = self.mlm_head(x)  # [B, T, P] or [M, P]
         if labels is None:
             return logits[..., : self.config.vocab_size]
-        logits, labels = logits.flatten(0, -2), labels.flatten()  # [M, V], [M]
+        logits, labels = logits.flatten(0, -2), labels.flatten()  # [M, P] and [M]; without `wanted` M is B * T
+        # The softmax and its sum want fp32: of thousands of small numbers bf16, with 8 bits, would lose most.
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         loss_sum = F.cross_entropy(logits, labels, ignore_index=-100, reduction="sum")
         correct = None if self.training else (logits.argmax(dim=-1) == labels).sum()
@@ -309,6 +302,13 @@ def mean_over_tokens(x: Tensor, attention_mask: Tensor | None) -> Tensor:
     return (x * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
 
 
+class Table(nn.Embedding):
+    """Vectors by number, an embedding whose values are set later: by `initialize` or from a checkpoint."""
+
+    def reset_parameters(self) -> None:
+        """Spare torch's own random draw; on the meta device it would load torch's compiler first."""
+
+
 def layer_norm(config: ModelConfig) -> nn.LayerNorm:
     return nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps, bias=config.bias)
 
@@ -329,6 +329,10 @@ def initialize(module: nn.Module, config: ModelConfig, generator: torch.Generato
         nn.init.trunc_normal_(part.weight, std=deviation, a=-2 * deviation, b=2 * deviation, generator=generator)
         if isinstance(part, nn.Embedding) and part.padding_idx is not None:
             part.weight[part.padding_idx].zero_()
+
+
+# Their rows are filled up to a multiple of 64, for faster products; files hold the vocabulary's alone.
+VOCABULARY_MATRICES = ("embeddings.word_embeddings.weight", "mlm_head.decoder.weight")
 
 
 class SummaryRow(NamedTuple):

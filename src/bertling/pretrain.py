@@ -125,7 +125,8 @@ def look_at_neighbours(model: BertForMaskedLM, generator: torch.Generator) -> No
     size = words.norm(dim=1, keepdim=True)
     words += torch.where(size > 0, 0.5 * size[size > 0].mean(), 0.0) * common
     pairs, half = max(1, head_dim // 8), head_dim // 2  # the fastest of the pairs of columns that turn together
-    # Behind their LayerNorm the common part of the words is as long as the root of a fifth of all columns.
+    # A word's own part is 1 long, the common one 0.5. The LayerNorm brings both together to sqrt(D), so the common part
+    # to sqrt(D) * 0.5 / sqrt(1 + 0.25) = sqrt(D / 5).
     share = math.sqrt(NEIGHBOUR_SCORE * math.sqrt(head_dim) / pairs / (config.hidden_size / 5))
     frequencies = inverse_frequencies(head_dim, config.rope_theta, common.device)[:pairs]
     first = model.encoder.layers[0]

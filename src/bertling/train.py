@@ -60,12 +60,14 @@ class Trainer:
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         share = -(-settings.batch_size // ranks.world_size)
         self.micro_batch_size = min(share, settings.micro_batch_size or share)
-        self.step, self.seconds, self.turn = 0, 0.0, 0
+        self.step, self.seconds, self.examples_shown = 0, 0.0, 0
+        self.started = time.perf_counter()  # as if it had been one go: `train` moves it back by earlier seconds
+        self.tokens, self.learning_rate = 0, 0.0  # of the latest step
         self.best_accuracy, self.best_step = -1.0, 0
         self.evaluated_step, self.saved_step, self.failed_saves = -1, -1, 0
         self.metrics: dict[str, float] = {}
         self.recent_losses: list[Tensor] = []
-        self.rate = 1.0
+        self.rate_factor = 1.0
         self.skipped_steps = 0
         self.bad_steps: list[dict[str, Any]] = []  # the latest ones in a row
         self.saved_best = self.best_accuracy, self.best_step
@@ -86,20 +88,20 @@ class Trainer:
             if self.evaluated_step < 0:
                 self.evaluate(log, 0.0)
                 self.save(log)  # from here on a killed run can be resumed
-            now = seen_to = self.moment()  # until `seen_to`, what was due has been done
+            now = done_to = self.moment()  # until `done_to`, what was due has been done
             while now.progress < 1.0 and not self.ranks.any(stop()):  # all stop at the same step, or all hang
                 loss = self.train_step(now.progress)
                 self.step += 1
                 self.log_step(log, loss)
                 if len(self.bad_steps) >= BAD_STEPS:
                     self.go_back(log)
-                    now = seen_to = self.moment()
+                    now = done_to = self.moment()
                     continue
                 now = self.moment()
                 if self.bad_steps:
                     continue  # what is due waits for a good step
-                evaluate, save = due(self.settings, seen_to, now)
-                seen_to = now
+                evaluate, save = due(self.settings, done_to, now)
+                done_to = now
                 if evaluate:
                     self.evaluate(log, now.progress)
                 if (save or self.best_step == self.step) and self.saved_step != self.step:
@@ -122,7 +124,7 @@ class Trainer:
         """One optimizer step over the global batch; returns this process's share of its mean loss."""
         # The rate of a step is that of its end, so that the first one is not spent at rate zero.
         ahead = 0.0 if self.total_steps is None else 1 / self.total_steps
-        factor = self.rate * self.schedule.factor(min(progress + ahead, 1.0), self.step + 1)
+        factor = self.rate_factor * self.schedule.factor(min(progress + ahead, 1.0), self.step + 1)
         self.learning_rate = optim.set_learning_rate(self.optimizers, factor)
         loss = self.backward()
         self.ranks.sum_gradients(self.model)
@@ -206,10 +208,10 @@ class Trainer:
             with skipped_where_disk_fails():
                 write_json(report, {"seed": self.settings.seed, "steps": self.bad_steps})
         what = f"no finite loss and gradient in steps {self.bad_steps[0]['step']:,} to {self.bad_steps[-1]['step']:,}"
-        if self.rate < 1.0:
+        if self.rate_factor < 1.0:
             raise BertlingError(
-                f"{self.run}: {what}, at {self.rate:g} times the learning rate too; {report} holds what was seen, "
-                f"batch by batch; the checkpoint of step {self.saved_step:,} is whole: lower learning-rate (or "
+                f"{self.run}: {what}, at {self.rate_factor:g} times the learning rate too; {report} holds what was "
+                f"seen, batch by batch; the checkpoint of step {self.saved_step:,} is whole: lower learning-rate (or "
                 "muon-learning-rate), raise warmup-iters, or look at these rows"
             )
         checkpoint, _ = newest_intact(self.run / "checkpoints")
@@ -218,11 +220,12 @@ class Trainer:
         self.model.load_state_dict(load_checkpoint(checkpoint).model.state_dict())
         skipped = self.skipped_steps
         self.restore(state)
-        self.skipped_steps, self.rate = skipped, LOWER_RATE
+        self.skipped_steps, self.rate_factor = skipped, LOWER_RATE
         self.bad_steps = []
         log.go_back(
             self.step,
-            f"warning: {what} ({report}): back to step {self.step:,}, and on at {self.rate:g} times the learning rate",
+            f"warning: {what} ({report}): back to step {self.step:,}, "
+            f"and on at {self.rate_factor:g} times the learning rate",
         )
 
     def log_step(self, log: RunLog, loss: Tensor) -> None:
@@ -252,15 +255,15 @@ class Trainer:
         if self.step and self.sound() and self.metrics["eval/accuracy"] > self.best_accuracy:
             self.best_accuracy, self.best_step = self.metrics["eval/accuracy"], self.step
         log.evaluation(self.step, {**self.metrics, **self.task.floors}, seconds=self.clock())
-        if self.ranks.first and (example := self.task.illustrate(self.model, self.runtime, self.turn)):
+        if self.ranks.first and (example := self.task.illustrate(self.model, self.runtime, self.examples_shown)):
             log.illustration(example.plain, example.colour)
             with skipped_where_disk_fails():
                 to_svg(example, self.run / "example.svg")
-        self.turn += 1
+        self.examples_shown += 1
         loss, floor = self.metrics["eval/loss"], self.task.floors.get("floor_loss/unigram")
         if floor and not self.warned and stays_on_the_floor(self.step, progress, loss, floor):
             self.warned = True
-            rate, skipped = self.rate * self.settings.learning_rate, self.skipped_steps
+            rate, skipped = self.rate_factor * self.settings.learning_rate, self.skipped_steps
             log.line(floor_warning(progress, loss, floor, self.schedule, rate, skipped, self.task.suspects()))
 
     def sound(self) -> bool:
@@ -317,11 +320,11 @@ class Trainer:
             "seconds": self.clock(),
             "best_accuracy": self.best_accuracy,
             "best_step": self.best_step,
-            "turn": self.turn,
+            "turn": self.examples_shown,
             "evaluated_step": self.evaluated_step,
             "metrics": self.metrics,
             "recent_losses": recent_losses,
-            "rate": self.rate,
+            "rate": self.rate_factor,
             "skipped_steps": self.skipped_steps,
             "scaler": self.scaler.state_dict(),
             "settings": self.settings.to_ini(),
@@ -337,9 +340,9 @@ class Trainer:
             self.step, self.seconds = int(numbers["step"]), float(numbers["seconds"])
             self.best_accuracy, self.best_step = float(numbers["best_accuracy"]), int(numbers["best_step"])
             self.saved_best, self.saved_step = (self.best_accuracy, self.best_step), self.step
-            self.turn, self.metrics = int(numbers["turn"]), dict(numbers["metrics"])
+            self.examples_shown, self.metrics = int(numbers["turn"]), dict(numbers["metrics"])
             self.evaluated_step = int(numbers["evaluated_step"])
-            self.rate, self.skipped_steps = float(numbers["rate"]), int(numbers["skipped_steps"])
+            self.rate_factor, self.skipped_steps = float(numbers["rate"]), int(numbers["skipped_steps"])
             # Sums over all processes: the first one has them, for the others nothing is left to add.
             losses = torch.tensor(numbers["recent_losses"], dtype=torch.float32, device=self.runtime.device)
             self.recent_losses = list((losses if self.ranks.first else torch.zeros_like(losses)).unbind())
