@@ -119,12 +119,16 @@ def test_a_second_call_reads_no_text_again(
     assert len({first.folder, *(other.folder for other in others)}) == 7
 
 
-@pytest.mark.parametrize("damage", ["shorter", "missing", "manifest"])
+@pytest.mark.parametrize("damage", ["shorter", "other", "missing", "manifest"])
 def test_a_damaged_cache_is_made_again(tmp_path: Path, tokenizer: Tokenizer, damage: str) -> None:
     folder = build_corpus([TINY], tokenizer, tmp_path).folder
     good = contents(folder)
     if damage == "shorter":
         (folder / "ids.bin").write_bytes((folder / "ids.bin").read_bytes()[:-2])
+    elif damage == "other":
+        raw = bytearray((folder / "ids.bin").read_bytes())
+        raw[40] ^= 1
+        (folder / "ids.bin").write_bytes(raw)
     elif damage == "missing":
         (folder / "documents.bin").unlink()
     else:

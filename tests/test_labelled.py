@@ -223,6 +223,9 @@ def test_sst2_files(tmp_path: Path) -> None:
     (tmp_path / "datasets" / "sst2").mkdir(parents=True)
     (tmp_path / "data").rename(tmp_path / "datasets" / "sst2" / "data")  # as a download leaves them
     assert labelled.sst2_files(tmp_path)["train"].parent == tmp_path / "datasets" / "sst2" / "data"
+    for split in ("train", "validation"):
+        (tmp_path / "datasets" / f"{split}-00000-of-00001.parquet").touch()
+    assert labelled.sst2_files(tmp_path)["train"].parent == tmp_path / "datasets"
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="the real data is not here")

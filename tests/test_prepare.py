@@ -341,6 +341,10 @@ def test_card(tmp_path: Path) -> None:
     assert card.splits["val"].unigram_accuracy == pytest.approx(val.count(values[counts.argmax()]) / len(val), rel=0.05)
     assert saved["unk_percent"] == pytest.approx(100 * card.unk_tokens / card.tokens)
     assert card.unk_tokens == 1
+    thrice = write(tmp_path / "thrice.txt", [document(i, 30) for i in range(40)] * 3)
+    for drop in (False, True):
+        told = run(thrice, tmp_path / "thrice", label=str(drop), drop_duplicates=drop).to_dict()
+        assert told["duplicate_documents_percent"] == pytest.approx(200 / 3)
     assert saved["tokens_per_character"] * saved["characters_per_token"] == pytest.approx(1)
     assert f"{card.tokens:,}" in card.text()
     manifest = json.loads((tmp_path / "out" / "val_toy_16_123" / MANIFEST).read_text())
@@ -402,6 +406,13 @@ def test_existing_data_is_replaced_only_by_force(tmp_path: Path, monkeypatch: py
     card = run(source, out, val_inputs=[val], force=True)
     assert not (out / "test_toy_16_123").exists(), "its documents are training text now"
     assert card.notes == ["test_toy_16_123 of an earlier preparation was removed"]
+    (out / "val_toy_16_123").rename(tmp_path / "elsewhere")
+    (out / "val_toy_16_123").symlink_to(tmp_path / "elsewhere")
+    assert run(source, out, split=(0.9, 0, 0.1), force=True).notes == [
+        "val_toy_16_123 of an earlier preparation was removed"
+    ]
+    assert (tmp_path / "elsewhere" / MANIFEST).exists(), "a link goes, not what it leads to"
+    run(source, out, val_inputs=[val], force=True)
     with pytest.raises(BertlingError, match=r"train_toy_16_123: exists already; give --force"):
         run(source, out, format="msgpack")
     card = run(source, out, format="msgpack", force=True)

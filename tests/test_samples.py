@@ -277,6 +277,7 @@ def _touch(base: Path, *names: str) -> None:
 def test_patterns(tmp_path: Path) -> None:
     _touch(tmp_path, "train_w_128_9.msgpack.gz", "train_w_128_10.msgpack", "train_w_128_10.msgpack.gz", "train_w_128_1")
     _touch(tmp_path, "train_w_128_9", "val_w_128_9", ".train_w_128_7.tmp", "card_w_128_9.json", "train.parquet")
+    _touch(tmp_path, "train_w_128_12.csv.gz")  # a table
     (tmp_path / "datasets" / "train_w_128_11").mkdir()  # not prepared: no manifest in it
 
     def names(pattern: str) -> list[str]:

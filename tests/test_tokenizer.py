@@ -87,6 +87,13 @@ def test_models_without_segments_get_no_token_type_ids(tmp_path: Path, tokenizer
     assert set(transformers.AutoTokenizer.from_pretrained(tmp_path)("a kite")) == {"input_ids", "attention_mask"}
 
 
+def test_the_case_is_found_without_a_configuration(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    cased = Tokenizer(tokenizer.entries, lowercase=False)
+    cased.save(tmp_path)
+    (tmp_path / "tokenizer_config.json").unlink()
+    assert Tokenizer.load(tmp_path).fingerprint == cased.fingerprint
+
+
 def test_fingerprint_tells_order_and_case_apart(tokenizer: Tokenizer) -> None:
     others = [Tokenizer(tokenizer.entries[::-1]), Tokenizer(tokenizer.entries, lowercase=False)]
     assert len({tokenizer.fingerprint, *(other.fingerprint for other in others)}) == 3
@@ -127,6 +134,7 @@ def test_large_vocabularies_take_four_bytes(tokenizer: Tokenizer) -> None:
         (b"[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\nthe\nof\nthe\n", "line 8: 'the' stands on line 6 already"),
         (b"[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\n\nof\n", "line 6: empty entry"),
         (b"[PAD]\n\x80\x81\n", "line 2: not UTF-8 text, so no vocabulary"),
+        (b"[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\n", "holds the special tokens alone; make a vocabulary"),
         (b"[PAD]\n\x00\x01\n", "binary data, not a vocabulary"),
     ],
 )

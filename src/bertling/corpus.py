@@ -27,7 +27,7 @@ from bertling.files import BertlingError, atomic_folder, read_json, sha256_of, w
 from bertling.text import Piece, Progress, TextOptions, kind_of, read_pieces, tidy
 from bertling.tokenizer import FastEncoder, Tokenizer
 
-_FORMAT = 2
+_FORMAT = 3
 _MANIFEST = "corpus.json"
 _BATCH_CHARACTERS = 1 << 19
 _SMALL = 4 << 20  # bytes of input that are done sooner than workers start
@@ -142,15 +142,15 @@ def build_corpus(
 
 
 def _open(folder: Path) -> Corpus | None:
-    """The corpus of a complete folder, else None."""
+    """The corpus of a complete and undamaged folder, else None."""
     if not (folder / _MANIFEST).exists():
         return None
     try:
         manifest = read_json(folder / _MANIFEST, "corpus")
-        if any((folder / name).stat().st_size != size for name, size in manifest["bytes"].items()):
+        if any(sha256_of(folder / name) != digest for name, digest in manifest["sha256"].items()):
             return None
         ids = np.memmap(folder / "ids.bin", dtype=manifest["dtype"], mode="r")
-        segmented = "pieces.bin" in manifest["bytes"]
+        segmented = "pieces.bin" in manifest["sha256"]
         return Corpus(
             folder=folder,
             ids=ids,
@@ -215,7 +215,7 @@ class _Builder:
             "format": _FORMAT,
             "dtype": self._tokenizer.id_type.str,
             "vocab_fingerprint": self._tokenizer.fingerprint,
-            "bytes": {path.name: path.stat().st_size for path in sorted(self._folder.glob("*.bin"))},
+            "sha256": {path.name: sha256_of(path) for path in sorted(self._folder.glob("*.bin"))},
             "stats": stats,
         }
         write_json(self._folder / _MANIFEST, manifest)

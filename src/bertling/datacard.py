@@ -35,7 +35,10 @@ class DataCard:
     vocab_size: int
     vocab_fingerprint: str
     documents: int
+    dropped_documents: int
+    """Left out: repeated, where duplicates are dropped, or without any text."""
     lines: int
+    dropped_lines: int
     characters: int
     tokens: int
     """Of text, before rows are cut."""
@@ -64,11 +67,12 @@ class DataCard:
 
     def to_dict(self) -> dict[str, Any]:
         """All of it as plain values, shares included."""
+        documents, lines = self.documents + self.dropped_documents, self.lines + self.dropped_lines  # that were read
         return {
             **asdict(self),
             "unk_percent": 100 * self.unk_share,
-            "duplicate_documents_percent": 100 * self.duplicate_documents / max(1, self.documents),
-            "duplicate_lines_percent": 100 * self.duplicate_lines / max(1, self.lines),
+            "duplicate_documents_percent": 100 * self.duplicate_documents / max(1, documents),
+            "duplicate_lines_percent": 100 * self.duplicate_lines / max(1, lines),
             "tokens_per_character": self.tokens_per_character,
             "characters_per_token": self.characters / max(1, self.tokens),
         }
@@ -79,9 +83,9 @@ class DataCard:
         lines = [
             f"data card: {self.label}, {self.seq_len} tokens a sample, method {self.method}, seed {self.seed}",
             f"  documents   {self.documents:,} ({self.duplicate_documents:,} duplicates, "
-            f"{values['duplicate_documents_percent']:.2f} %)",
+            f"{values['duplicate_documents_percent']:.2f} % of those read)",
             f"  lines       {self.lines:,} ({self.duplicate_lines:,} duplicates, "
-            f"{values['duplicate_lines_percent']:.2f} %)",
+            f"{values['duplicate_lines_percent']:.2f} % of those read)",
             f"  tokens      {self.tokens:,} of {self.vocab_size:,} kinds, {values['unk_percent']:.3f} % [UNK]",
             f"  characters  {self.characters:,}: {self.tokens_per_character:.3f} tokens a character, "
             f"{values['characters_per_token']:.2f} characters a token",

@@ -4,8 +4,8 @@ import errno
 import hashlib
 import json
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -110,20 +110,22 @@ def parents_of(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def locked(path: Path, *, wait: bool) -> Iterator[None]:
+def locked(path: Path, *, wait: bool) -> Iterator[bool]:
     """Hold a file or folder against the processes that ask for it in this way; the system frees it at our death.
 
-    Where another one has it, wait, or else raise BlockingIOError. On a file system without locks nothing is held.
+    Where another one has it, wait, or else raise BlockingIOError. Yields whether it is held: on a file system without
+    locks nothing is.
     """
-    descriptor = os.open(path, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)  # NFS locks only what we may write to
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held = True
         except BlockingIOError:
             raise
         except OSError:
-            pass
-        yield
+            held = False
+        yield held
     finally:
         os.close(descriptor)
 
@@ -134,8 +136,9 @@ def sweep(parent: Path) -> None:
         if path.suffix not in (UNFINISHED, REPLACED):
             continue
         with suppress(OSError), ExitStack() as stack:
-            if not path.is_symlink():
-                stack.enter_context(locked(path, wait=False))  # whoever made it holds it as long as it lives
+            # Whoever made it holds it as long as it lives; where there are no locks, no one can tell.
+            if not path.is_symlink() and not stack.enter_context(locked(path, wait=False)):
+                continue
             for old in path.iterdir() if path.suffix == REPLACED else ():
                 if not (parent / old.name).exists():
                     os.replace(old, parent / old.name)
@@ -146,11 +149,14 @@ def sweep(parent: Path) -> None:
 
 
 @contextmanager
-def claimed(make: Callable[[], Path]) -> Iterator[Path]:
-    """Make a temporary file or folder and hold it, so that no `sweep` takes it for a dead process's."""
+def claimed(
+    parent: Path, name: str, make: Callable[[Path], None] = Path.mkdir, ending: str = UNFINISHED
+) -> Iterator[Path]:
+    """Make a hidden temporary folder (or what `make` makes) and hold it, so that no `sweep` takes it for a leftover."""
     with ExitStack() as stack:
         while True:
-            path = make()
+            path = parent / f".{name}.{secrets.token_hex(8)}{ending}"
+            make(path)
             with suppress(FileNotFoundError):  # a sweep came between making and locking
                 stack.enter_context(locked(path, wait=True))
                 if path.exists():
@@ -161,19 +167,12 @@ def claimed(make: Callable[[], Path]) -> Iterator[Path]:
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it is flushed and renamed, on failure it is removed."""
-
-    def make() -> Path:
-        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=UNFINISHED, dir=path.parent)
-        os.close(descriptor)
-        return Path(name)
-
     with readable_errors(path), parents_of(path):
         sweep(path.parent)
-        with claimed(make) as temporary:
+        with claimed(path.parent, path.name, Path.touch) as temporary:
             try:
                 yield temporary
                 fsync_path(temporary)
-                os.chmod(temporary, 0o644)
                 os.replace(temporary, path)
                 fsync_path(path.parent)
             finally:
@@ -188,20 +187,15 @@ def atomic_folder(target: Path, *, force: bool = False) -> Iterator[Path]:
     """
     if target.exists() and not force:
         raise BertlingError(f"{target}: exists already; give --force to replace it, or choose another name")
-
-    def make(ending: str = UNFINISHED) -> Path:
-        return Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=ending, dir=target.parent))
-
     with readable_errors(target), parents_of(target):
         sweep(target.parent)
-        with claimed(make) as temporary:
+        with claimed(target.parent, target.name) as temporary:
             try:
                 yield temporary
                 for path in sorted(temporary.rglob("*")):
                     fsync_path(path)
-                os.chmod(temporary, 0o755)
                 if target.exists():
-                    with claimed(lambda: make(REPLACED)) as old:
+                    with claimed(target.parent, target.name, ending=REPLACED) as old:
                         os.replace(target, old / target.name)
                         try:
                             os.replace(temporary, target)

@@ -158,11 +158,12 @@ def check_agree(train: LabelledTexts, other: LabelledTexts) -> LabelledTexts:
 
 def sst2_files(base_dir: Path) -> dict[str, Path]:
     """SST-2's files in `<base_dir>/datasets`, or as downloaded to sst2 in there; test is named if it is there."""
-    folder = base_dir / "datasets"
-    if (folder / "sst2" / "data").is_dir():
-        folder = folder / "sst2" / "data"
-    files = {split: folder / f"{split}-00000-of-00001.parquet" for split in ("train", "validation", "test")}
-    for split in ("train", "validation"):
+    needed = ("train", "validation")
+    places = base_dir / "datasets", base_dir / "datasets" / "sst2" / "data"
+    found = [{split: folder / f"{split}-00000-of-00001.parquet" for split in (*needed, "test")} for folder in places]
+    whole = (files for files in found if all(files[split].is_file() for split in needed))
+    files = next(whole, found[places[1].is_dir()])
+    for split in needed:
         if not files[split].is_file():
             raise BertlingError(
                 f"{files[split]}: missing; fetch it by 'bertling download sst2 -o {base_dir / 'datasets' / 'sst2'}', "

@@ -327,7 +327,8 @@ def _remove_stale(layout: Layout, wanted: Sequence[str]) -> list[str]:
     made = list(map(layout.target, wanted))
     for path in (path for name in SPLITS for path in layout.places(name) if path not in made):
         if path.is_file() or (path / MANIFEST).is_file():
-            path.unlink() if path.is_file() else shutil.rmtree(path)
+            with readable_errors(path):
+                path.unlink() if path.is_file() or path.is_symlink() else shutil.rmtree(path)
             notes.append(f"{path.name} of an earlier preparation was removed")
     return notes
 
@@ -367,7 +368,9 @@ def _card(
         vocab_size=tokenizer.vocab_size,
         vocab_fingerprint=tokenizer.fingerprint,
         documents=total("documents"),
+        dropped_documents=total("dropped_documents"),
         lines=total("lines"),
+        dropped_lines=total("dropped_lines"),
         characters=total("characters"),
         tokens=total("tokens"),
         unk_tokens=total("unk_tokens"),

@@ -328,7 +328,9 @@ def _glob(folder: Path, pattern: str) -> list[Path]:
         paths = [path for path in folder.glob(pattern) if not path.name.startswith(".")]
     except (ValueError, NotImplementedError) as error:
         raise BertlingError(f"pattern '{pattern}': not a valid pattern ({error})") from error
-    whole = [p for p in paths if (p / MANIFEST).is_file() or (p.is_file() and p.name.endswith((".msgpack", ".gz")))]
+    whole = [
+        p for p in paths if (p / MANIFEST).is_file() or (p.is_file() and p.name.endswith((".msgpack", ".msgpack.gz")))
+    ]
     return sorted(whole, key=_natural)
 
 

@@ -63,9 +63,13 @@ class Tokenizer:
         if path.suffix == ".json":
             return cls._load_json(path)
         entries = _read_entries(path)
-        config = path.with_name("tokenizer_config.json")
-        beside = path.name == "vocab.txt" and config.exists()
-        return cls(entries, lowercase=_lowercase_from(config) if beside else True, source=str(path))
+        config, whole = path.with_name("tokenizer_config.json"), path.with_name("tokenizer.json")
+        lowercase = True
+        if path.name == "vocab.txt" and config.exists():
+            lowercase = _lowercase_from(config)
+        elif path.name == "vocab.txt" and whole.exists():
+            lowercase = cls._load_json(whole).lowercase
+        return cls(entries, lowercase=lowercase, source=str(path))
 
     @classmethod
     def _load_json(cls, path: Path) -> "Tokenizer":
@@ -186,6 +190,8 @@ def _check_entries(entries: Sequence[str], source: str) -> None:
                 f"{source}: line {line}: {entry!r} stands on line {first[entry]} already; each entry may occur once"
             )
         first[entry] = line
+    if len(entries) == len(SPECIAL_TOKENS):
+        raise BertlingError(f"{source}: it holds the special tokens alone; make a vocabulary with `bertling vocab`")
 
 
 def _read_entries(path: Path) -> list[str]:

@@ -2,13 +2,12 @@
 
 import os
 import shutil
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bertling.files import UNFINISHED, BertlingError, atomic_folder, claimed, readable_errors, refuse_file, sweep
+from bertling.files import BertlingError, atomic_folder, claimed, readable_errors, refuse_file, sweep
 from bertling.progress import ByteProgress
 from bertling.text import Lines, TextOptions
 from bertling.tokenizer import Tokenizer, train_vocabulary
@@ -50,7 +49,7 @@ def save_into(output: Path, tokenizer: Tokenizer) -> None:
         return
     with readable_errors(output):
         sweep(output)
-        with claimed(lambda: Path(tempfile.mkdtemp(prefix=".vocab.", suffix=UNFINISHED, dir=output))) as temporary:
+        with claimed(output, "vocab") as temporary:
             try:
                 tokenizer.save(temporary)
                 for name in reversed(FILES):  # vocab.txt, which is the truth, comes last
