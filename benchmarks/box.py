@@ -52,7 +52,7 @@ MB in fp16.
 ```python
 import bertling
 
-bertling.load().fill("paris is the [MASK] of france .")
+bertling.load().fill("she won the gold [MASK] at the olympic games .")
 bertling.load(task="classify").classify("a warm and funny film .")
 
 from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification

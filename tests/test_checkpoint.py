@@ -91,6 +91,22 @@ def save(tmp_path: Path, tiny_tokenizer: Tokenizer, make: Callable[..., BertForM
     return write
 
 
+def test_a_kill_between_the_links_loses_no_best(save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(1, best=True)
+    swing = checkpoint.point
+
+    def once(link: Path, folder: Path) -> None:
+        swing(link, folder)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "point", once)
+    with pytest.raises(KeyboardInterrupt):
+        save(2, best=True)
+    # A resume begins at step 1, and comes to step 2 and its best once more.
+    links = {name: (tmp_path / "checkpoints" / name).resolve().name for name in ("last", "best")}
+    assert links == {"last": "step-0000001", "best": "step-0000002"}
+
+
 def assert_equal_weights(first: nn.Module, second: nn.Module) -> None:
     vocabulary = first.config.vocab_size
     for (name, expected), (other, found) in zip(first.named_parameters(), second.named_parameters(), strict=True):

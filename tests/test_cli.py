@@ -283,6 +283,13 @@ def test_memory_of_a_gpu_is_one_line_too(tmp_path: Path, monkeypatch: pytest.Mon
     assert bertling("vocab", "-i", TEXT, "-o", tmp_path).error.startswith("out of memory; lower micro-batch-size")
 
 
+def test_an_error_that_cannot_be_told_keeps_its_status(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "bertling", "vocab", "-i", str(tmp_path / "none.txt"), "-o", str(tmp_path)]
+    with open("/dev/full", "w") if Path("/dev/full").exists() else open(os.devnull, "w") as full:
+        assert subprocess.run(command, stderr=full).returncode == 2
+    assert subprocess.run(["sh", "-c", 'exec "$@" 2>&-', "sh", *command]).returncode == 2
+
+
 def test_a_fault_of_the_program_keeps_its_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("bertling.tools.vocab.make_vocabulary", mock.Mock(side_effect=ValueError("a bug")))
     with pytest.raises(ValueError, match="a bug"):

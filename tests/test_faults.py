@@ -20,6 +20,7 @@ from torch import Tensor
 
 from bertling import checkpoint, faults, train
 from bertling.checkpoint import load_state
+from bertling.console import Lasting, say
 from bertling.files import BertlingError
 from bertling.runlog import read_metrics
 from bertling.runs import Outcome
@@ -226,6 +227,46 @@ def fill_disk(monkeypatch: pytest.MonkeyPatch, refused: Callable[[int], bool], c
     monkeypatch.setattr(checkpoint, "write_model", full)
     monkeypatch.setattr(train, "RETRY_SECONDS", 0)
     return tried
+
+
+class Dead:
+    """A terminal that is gone, or a full file, in the place of standard error."""
+
+    def __init__(self, code: int) -> None:
+        self.code = code
+
+    def write(self, text: str) -> int:
+        raise OSError(self.code, os.strerror(self.code))
+
+    def flush(self) -> None:
+        self.write("")
+
+    def isatty(self) -> bool:
+        return True
+
+    def fileno(self) -> int:
+        raise OSError
+
+
+@pytest.mark.parametrize("code", [errno.EPIPE, errno.ENOSPC, errno.EIO])
+def test_standard_error_that_nobody_takes_ends_no_training(
+    code: int, train_mlm: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stderr", Lasting(Dead(code)))  # type: ignore[arg-type]
+    outcome = train_mlm(max_iters=4, val_interval=2)
+    say("and what is said after it")
+    assert (outcome.finished, last(outcome).resolve().name) == (True, "step-0000004")
+    assert "4/4" in log_of(outcome)
+
+
+def test_the_best_survives_a_last_checkpoint_that_needs_a_second_try(
+    train_mlm: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = train_mlm(max_iters=4, val_interval=100)
+    fill_disk(monkeypatch, lambda number: number == 1)
+    outcome = train_mlm(max_iters=4, val_interval=100)
+    assert (outcome.best_step, outcome.best_accuracy) == (whole.best_step, whole.best_accuracy) != (0, -1.0)
+    assert (outcome.run / "checkpoints" / "best").readlink() == Path("step-0000004")
 
 
 def test_a_full_disk_costs_a_checkpoint_and_not_the_run(train_mlm: Train, monkeypatch: pytest.MonkeyPatch) -> None:

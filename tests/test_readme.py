@@ -46,7 +46,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         assert ended.status == 0, f"{name}: {ended.err}"
         found[name] = ended.out
     model = package.load(folder / "wiki/runs/mlm")
-    found["load"] = str(model.fill("paris is the [MASK] of france .")[0]["masks"][0][0][0])
+    found["load"] = str(model.fill("she won the gold [MASK] at the olympic games .")[0]["masks"][0][0][0])
     return found
 
 

@@ -20,7 +20,7 @@ from bertling.finetune import FinetuneResult
 from bertling.model import BertForSequenceClassification
 from bertling.prepare import prepare
 from bertling.runlog import RunLog
-from bertling.runs import Outcome, Start, new_folder, open_run, record, resolve_start
+from bertling.runs import Outcome, Start, checkpoint_meant, new_folder, open_run, record, resolve_start
 from bertling.settings import Settings, read_ini
 from bertling.tasks import MaskedLMTask
 from bertling.tokenizer import Tokenizer
@@ -369,6 +369,37 @@ def test_a_run_without_readable_settings_takes_those_of_its_checkpoint(train_mlm
         start = resolve_start("pretrain", [], {}, cp=stopped, resume=False)
         assert start.notes[-1].endswith(": restored from the checkpoint")
         assert (stopped / "config.ini").read_text() == before
+
+
+@pytest.mark.parametrize("content", ["", "{}", '{"task": 3}'])
+def test_a_run_without_readable_description_goes_on_by_its_settings(
+    train_mlm: Train, stopped: Path, content: str
+) -> None:
+    (stopped / "run.json").write_text(content)
+    outcome = train_mlm(resume=True)
+    assert (outcome.run, outcome.finished) == (stopped, True)
+    assert about(stopped) == {"task": "mlm", "finished": True}
+
+
+def test_a_checkpoint_named_from_inside_its_folder_is_the_one_that_is_meant(
+    train_mlm: Train, stopped: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = stopped / "checkpoints" / "step-0000000"
+    assert checkpoint_meant(first, stopped)[0] == first
+    monkeypatch.chdir(stopped / "checkpoints")
+    assert checkpoint_meant(Path(first.name), stopped)[0] == Path(first.name)
+    assert checkpoint_meant(Path("best"), stopped)[0] == Path("best")
+
+
+def test_a_copy_whose_links_became_folders_goes_on(train_mlm: Train, stopped: Path) -> None:
+    for name in ("best", "last"):
+        link = stopped / "checkpoints" / name
+        folder = link.resolve()
+        link.unlink()
+        shutil.copytree(folder, link)
+    outcome = train_mlm(resume=True)
+    assert outcome.finished
+    assert (stopped / "checkpoints" / "last").readlink() == Path(f"step-{outcome.step:07d}")
 
 
 def test_a_run_in_progress_is_left_alone(train_mlm: Train, stopped: Path, work: Path) -> None:

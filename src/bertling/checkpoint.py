@@ -81,9 +81,9 @@ def save_checkpoint(
         write_json(temporary / f"{STATE}.json", state.numbers)
         write_manifest(temporary)
         verify(temporary)
-    point(checkpoints / "last", folder)
     if best or not (checkpoints / "best").exists():
-        point(checkpoints / "best", folder)
+        point(checkpoints / "best", folder)  # before `last`: killed in between, a resumed run comes to this step again
+    point(checkpoints / "last", folder)
     rotate(checkpoints, keep)
     return folder
 
@@ -134,11 +134,13 @@ def verify(folder: Path, *, ours: bool = False) -> None:
 
 
 def point(link: Path, folder: Path) -> None:
-    """Make a relative link, or swing an existing one over, in one step."""
+    """Make a relative link, or swing an existing one over, in one step; a copy of a run may have folders for links."""
     temporary = link.with_name(f".{link.name}.{os.getpid()}{UNFINISHED}")
     with readable_errors(link):
         temporary.unlink(missing_ok=True)
         temporary.symlink_to(folder.name)
+        if link.is_dir() and not link.is_symlink():  # its step folder holds the same
+            shutil.rmtree(link)
         os.replace(temporary, link)
         fsync_path(link.parent)
 

@@ -1,17 +1,18 @@
 """The `bertling` command: parsing and wiring only. Heavy modules are imported by the command that needs them."""
 
+import contextlib
 import os
 import signal
 import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO, cast
 
 import click
 
 from bertling.cli_use import USE_COMMANDS
-from bertling.console import answer, clean_end, explain, forget_output, is_first, is_rank, say
+from bertling.console import Lasting, answer, clean_end, explain, forget, is_first, is_rank, say
 from bertling.files import BertlingError
 from bertling.options import (
     PATH,
@@ -154,6 +155,7 @@ def pretrain(context: click.Context, configs: tuple[Path, ...], cp: Path | None,
             **outcome.metrics,
             "run": str(outcome.run),
             "step": outcome.step,
+            "evaluated_step": outcome.evaluated_step,
             "seconds": outcome.seconds,
             "finished": outcome.finished,
             "best_accuracy": outcome.best_accuracy if outcome.best_step else None,
@@ -161,7 +163,8 @@ def pretrain(context: click.Context, configs: tuple[Path, ...], cp: Path | None,
             "skipped_steps": outcome.skipped_steps,
         },
         f"{outcome.run}: step {outcome.step:,}, {outcome.seconds / 60:.1f} minutes, validation accuracy "
-        f"{outcome.metrics.get('eval/accuracy', 0.0):.1%}, loss {outcome.metrics.get('eval/loss', 0.0):.3f}",
+        f"{outcome.metrics.get('eval/accuracy', 0.0):.1%}, loss {outcome.metrics.get('eval/loss', 0.0):.3f}"
+        + ("" if outcome.evaluated_step == outcome.step else f" at step {outcome.evaluated_step:,}"),
         as_json,
     )
     draw([outcome.run] if outcome.finished else [])
@@ -309,15 +312,17 @@ for command in USE_COMMANDS:
 def main() -> None:
     """Run the command line, and end the process of a rank at once: gloo's threads now and then abort a normal end."""
     status: Any = 0
+    told = cast(TextIO, Lasting(sys.stderr or open(os.devnull, "w")))
     try:
-        run()
+        with contextlib.redirect_stderr(told):
+            run()
     except SystemExit as end:
         status = end.code
         if not is_rank():
             raise
     if is_rank():
         sys.stdout.flush()
-        sys.stderr.flush()
+        told.flush()
         os._exit(int(status or 0))
 
 
@@ -328,14 +333,14 @@ def run() -> None:
         cli.main(args=words or ["--help"], prog_name="bertling", standalone_mode=False)
         sys.stdout.flush()
     except BrokenPipeError:
-        forget_output()
+        forget(sys.stdout)
         sys.exit(1)  # as click does where a write fails before the last flush
     except Exception as error:
         message = explain(error)
         if message is None or "--debug" in sys.argv:
             raise
         if isinstance(error, OSError):
-            forget_output()
+            forget(sys.stdout)
         say(f"error: {message}")
         sys.exit(128 + signal.SIGINT if isinstance(error, click.Abort) else 2)
 

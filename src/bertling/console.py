@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TextIO
 
 import click
 
@@ -78,10 +78,36 @@ def explain(error: Exception) -> str | None:
     return " ".join(str(error).split()) if isinstance(error, BertlingError) else None
 
 
-def forget_output() -> None:
-    """Send what is still buffered nowhere: Python would try again at the end, and complain."""
+def forget(stream: TextIO) -> None:
+    """Send what is still buffered, and all that follows, nowhere: Python would try again at the end, and complain."""
     with contextlib.suppress(OSError), open(os.devnull, "wb") as nowhere:
-        os.dup2(nowhere.fileno(), sys.stdout.fileno())
+        os.dup2(nowhere.fileno(), stream.fileno())
+
+
+class Lasting:
+    """Standard error for as long as someone takes it; a closed pipe or terminal, or a full disk, ends no training.
+
+    A run's log.txt has the same messages.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except OSError:
+            forget(self._stream)
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError:
+            forget(self._stream)
 
 
 @contextlib.contextmanager

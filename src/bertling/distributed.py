@@ -102,9 +102,15 @@ def join(settings: Settings) -> Ranks:
     local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
     check_processes(settings, world_size, local_processes)
     on_gpu = wants_gpu(settings)
-    dist.init_process_group(
-        "nccl" if on_gpu else "gloo", device_id=torch.device("cuda", local_rank) if on_gpu else None
-    )
+    try:
+        dist.init_process_group(
+            "nccl" if on_gpu else "gloo", device_id=torch.device("cuda", local_rank) if on_gpu else None
+        )
+    except (ValueError, RuntimeError) as error:
+        raise BertlingError(
+            f"the processes could not meet ({one_line(error)}): RANK and WORLD_SIZE are set, as if torchrun had "
+            "started this one; unset them, or give --ddp and let bertling start the processes"
+        ) from error
     control = dist.new_group(backend="gloo") if on_gpu else None
     return Ranks(int(os.environ["RANK"]), world_size, local_rank, local_processes, control)
 

@@ -126,9 +126,8 @@ start_options = together(
     click.option(
         "--cp",
         type=PATH,
-        help="run, checkpoint or Hugging Face model folder: go on with a run of this kind "
-        "(with another --run-id, or one under another --base-dir: a new run from its weights), else start from its "
-        "weights",
+        help="run, checkpoint or Hugging Face model folder: a run of the same command goes on; with a --run-id or "
+        "--base-dir that is not its own, or from any other folder, a new run starts from its weights",
     ),
     click.option("--resume", is_flag=True, help="go on with the newest unfinished run"),
 )
@@ -174,7 +173,7 @@ prepare_options = together(
     choice_option(
         "--format",
         ["shards", "msgpack"],
-        "shards: masks drawn in training; msgpack: static masks, the seed's layout",
+        "shards: masks drawn in training; msgpack: static masks, the original project's layout",
     ),
     click.option("--val-input", "val_inputs", type=PATH, multiple=True, help="official validation file"),
     click.option("--test-input", "test_inputs", type=PATH, multiple=True, help="official test file"),

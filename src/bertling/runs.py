@@ -67,6 +67,8 @@ class Outcome:
     """False when it was asked to stop early."""
     skipped_steps: int = 0
     """Steps that were left out because their loss or gradient was not finite."""
+    evaluated_step: int = 0
+    """The one that the metrics belong to: the last, unless it was stopped in between."""
 
 
 def resolve_start(
@@ -86,7 +88,7 @@ def resolve_start(
     if cp is None:
         return Start(*resolve(command, files, flags))
     run = run_meant(cp)
-    if run is None or COMMANDS.get(str(read_json(run / "run.json", "run description").get("task"))) != command:
+    if run is None or COMMANDS[description(run)["task"]] != command:
         return Start(*resolve(command, files, flags), checkpoint=best_of(cp))
     if not is_named(run, flags.get("run_id"), flags.get("base_dir")):
         note = (
@@ -113,7 +115,7 @@ def resolve_start(
                 f"{'none' if was is None else was} and keeps it; leave it out, or start a new run from its weights "
                 "with a new --run-id"
             )
-    if read_json(run / "run.json", "run description").get("finished") and not seeds_left(run):
+    if description(run).get("finished") and not seeds_left(run):
         check_longer(run, settings, before, flags, state)
     # The run's file holds defaults too: explicit is what was given now.
     return Start(settings, frozenset(flags), run, checkpoint, state, tuple(notes))
@@ -172,10 +174,20 @@ def run_meant(cp: Path) -> Path | None:
 
 def checkpoint_meant(cp: Path, run: Path) -> tuple[Path, list[str]]:
     """The intact checkpoint to go on from, and what is wrong with newer ones; a step folder, or best, means itself."""
-    if cp.parent.name == "checkpoints" and (cp.name == "best" or cp.name.startswith("step-")):
+    path = Path(os.path.abspath(cp))  # it may have been named from inside the folder
+    if path.parent.name == "checkpoints" and (path.name == "best" or path.name.startswith("step-")):
         verify(cp, ours=True)
         return cp, []
     return newest_intact(run / "checkpoints")
+
+
+def description(run: Path) -> dict[str, Any]:
+    """The task of a run, and whether it is finished; of a damaged run.json the settings tell, and it counts as not."""
+    with suppress(BertlingError):
+        about = read_json(run / "run.json", "run description")
+        if about.get("task") in COMMANDS:
+            return about
+    return {"task": read_ini(run / "config.ini").get("task_type", "mlm"), "finished": False}
 
 
 def mend_record(run: Path, state: TrainingState) -> list[str]:
@@ -328,8 +340,8 @@ def unfinished_run(base_dir: Path, run_id: str | None, tasks: set[str]) -> Path:
     busy = None
     for run in sorted(newest, key=newest.__getitem__, reverse=True):
         with suppress(BertlingError):  # a folder that is no run of ours, or was damaged: the next one may be
-            about = read_json(run / "run.json", "run description")
-            if about.get("task") in tasks and is_named(run, run_id) and (not about.get("finished") or seeds_left(run)):
+            about = description(run)
+            if about["task"] in tasks and is_named(run, run_id) and (not about.get("finished") or seeds_left(run)):
                 if not is_first() or not in_progress(run):
                     return run
                 busy = busy or run

@@ -18,7 +18,7 @@ from bertling.files import BertlingError, readable_errors
 
 Task = Literal["mlm", "sst2", "classification"]
 COMMANDS: dict[str, str] = {"mlm": "pretrain", "sst2": "finetune", "classification": "finetune"}
-# Other spellings of a key: the seed's, and those of Hugging Face's configurations.
+# Other spellings of a key: the original project's, and those of Hugging Face's configurations.
 ALIASES = {
     "n-layer": "n-layers",
     "hidden-size": "d-model",

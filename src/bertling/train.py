@@ -380,7 +380,9 @@ class Trainer:
                 f"{self.run}: no finite loss at step {self.step:,}; the checkpoint of step {self.saved_step:,} is "
                 "whole: lower learning-rate (or muon-learning-rate), or raise warmup-iters"
             )
+        best = self.best_accuracy, self.best_step
         while unsaved:
+            self.best_accuracy, self.best_step = best  # a save that fails forgets it
             self.save(log)
             unsaved = self.failed_saves > 0
             if unsaved:
@@ -390,4 +392,6 @@ class Trainer:
             if not done:
                 log.line(f"stopped at step {self.step:,}, and saved; go on with --cp {self.run}")
         best = self.best_accuracy, self.best_step
-        return Outcome(self.run, self.step, self.clock(), self.metrics, *best, done, self.skipped_steps)
+        return Outcome(
+            self.run, self.step, self.clock(), self.metrics, *best, done, self.skipped_steps, self.evaluated_step
+        )

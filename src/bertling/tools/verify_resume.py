@@ -225,7 +225,7 @@ def timeless(run: Path) -> list[dict[str, Any]]:
 
 
 def difference(one: Path, other: Path) -> str | None:
-    """What differs first between two finished runs: the log, then weights and optimizer, then the other numbers."""
+    """What differs first between two finished runs: the log, weights and optimizer, the best step, other numbers."""
     entries, others = timeless(one), timeless(other)
     for first, second in zip(entries, others, strict=False):
         if first != second:
@@ -239,6 +239,9 @@ def difference(one: Path, other: Path) -> str | None:
         sums = [sha256_of(folder / name) for folder in last]
         if sums[0] != sums[1]:
             return f"{name} of the last step: sha256 {sums[0][:16]} in one go, {sums[1][:16]} killed and resumed"
+    best = [(run / "checkpoints" / "best").resolve().name for run in (one, other)]
+    if best[0] != best[1]:
+        return f"best: {best[0]} in one go, {best[1]} killed and resumed"
     states = [load_state(folder) for folder in last]
     numbers = [{} if state is None else state.numbers for state in states]
     for key in sorted(numbers[0].keys() | numbers[1].keys()):
