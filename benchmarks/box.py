@@ -1,4 +1,4 @@
-"""Make the model in the box: masked words, then a classifier behind that, then masked words behind half of that one.
+"""Make the model in the box: masked words, then a classifier from that, then masked words on half of that one.
 
     bertling pretrain -c configs/cpu-1h.ini --run-id mlm
     bertling finetune --cp wiki/runs/mlm --base-dir wiki --run-id sst2 ...

@@ -13,7 +13,7 @@ from bertling.labelled import load_labelled
 
 
 def whole(phrases: list[str]) -> list[str]:
-    """Those whose words do not stand one behind the other in another phrase."""
+    """Those whose words do not follow one another in a longer phrase."""
     parts: set[tuple[str, ...]] = set()
     found = []
     for words in sorted({tuple(phrase.split()) for phrase in phrases}, key=lambda words: (-len(words), words)):

@@ -105,7 +105,7 @@ class MaskedBatches:
         return self._starts[-1] / len(self._samples) / self._batch_size
 
     def epoch(self, step: int) -> float:
-        """Epochs that lie behind when `step` begins."""
+        """Epochs that are over when `step` begins."""
         epoch, row = self._locate(step * self._batch_size)
         return epoch + row / self._samples[epoch % len(self._samples)].rows
 

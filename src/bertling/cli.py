@@ -32,7 +32,7 @@ STOPPED = 3
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
 @click.version_option(package_name="bertling")
-@click.option("--debug", is_flag=True, help="show the traceback of an error (works behind any command)")
+@click.option("--debug", is_flag=True, help="show the traceback of an error (works after any command)")
 def cli(debug: bool) -> None:
     """Raise your own small BERT: from raw text to a model that answers."""
 

@@ -20,7 +20,7 @@ from bertling.samples import Samples
 REACH = 5
 """Neighbours to either side that are counted."""
 OWN_PLACES = 2
-"""The nearest of them have a table for each place (what stands right before, right behind ...); all share one more."""
+"""The nearest of them have a table for each place (what stands right before, right after ...); all share one more."""
 CONTEXTS = 2048
 """Neighbours that are told apart: the commonest tokens."""
 CHUNK_ROWS, MOST_CHUNKS = 1 << 16, 4

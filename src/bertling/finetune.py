@@ -139,7 +139,7 @@ def finetune(start: Start, say: Say, *, from_scratch: bool = False) -> FinetuneR
         for number in range(len(results), plan.seeds):
             one = replace(settings, seed=plan.first_seed + number, seeds=1, run_id=seed_run_id(plan, number))
             begin = replace(start, settings=one)
-            if start.run is not None and number >= len(plan.runs):  # a seed behind the one that is resumed
+            if start.run is not None and number >= len(plan.runs):  # a seed after the one that is resumed
                 origin = None if plan.checkpoint is None else Path(plan.checkpoint)
                 begin = Start(one, start.explicit, checkpoint=origin)
             earlier = tuple(seed.outcome.run.name for seed in results)

@@ -172,7 +172,7 @@ def _check_lengths(parts: dict[str, Part], layout: Layout, inputs: Sequence[Path
 
 
 def _packed_rows(part: Part, layout: Layout, *, keep_last: bool) -> Iterator[Ids]:
-    """Documents one behind the other, cut every W ids: rows [n, T]; the rest is padded or left out."""
+    """Documents one after another, cut every W ids: rows [n, T]; the rest is padded or left out."""
     width = layout.width
     size = ROWS_AT_ONCE * width
     ids = np.asarray(part.corpus.ids)

@@ -74,13 +74,13 @@ class ModelConfig:
     local_attention: int
     """Tokens in the window of a local block: half of them on either side of each token."""
     norm_first: bool
-    """LayerNorm before attention and MLP (pre-norm) instead of behind the sum (post-norm)."""
+    """LayerNorm before attention and MLP (pre-norm) instead of after the sum (post-norm)."""
     embedding_norm: bool
     """LayerNorm on the embeddings."""
     first_attention_norm: bool
     """LayerNorm before the first attention too; needless where the embeddings are normalised."""
     final_norm: bool
-    """LayerNorm behind the last block."""
+    """LayerNorm after the last block."""
     glu: bool
     """Gated MLP (GeGLU) instead of a plain one."""
     bias: bool
@@ -92,7 +92,7 @@ class ModelConfig:
     pooling: Pooling
     """What the classifier is told: the vector of [CLS], or the mean over all tokens."""
     pooler: Pooler
-    """Activation of the dense layer between this and the classifier; `gelu` has a LayerNorm behind it."""
+    """Activation of the dense layer between this and the classifier; `gelu` has a LayerNorm after it."""
     labels: tuple[str, ...] = ("LABEL_0", "LABEL_1")
     """Names of the classes, by id."""
 
@@ -206,7 +206,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "pooler": "none",
     },
     "bert": BERT,
-    # Sanh et al. 2019: BERT without segments, with another pooler and no dropout behind attention.
+    # Sanh et al. 2019: BERT without segments, with another pooler and no dropout after attention.
     "distilbert": BERT
     | {
         "architecture": "distilbert",

@@ -78,7 +78,9 @@ class Settings:
         0, "with --cp: keep the embeddings and so many of the lowest blocks as they are; 0: train all", minimum=0
     )
     word_vectors: Literal["random", "counts"] = setting(
-        "random", "fresh weights; counts: word vectors and first looks from counts of neighbours", only="pretrain"
+        "random",
+        "fresh weights; counts: word vectors from counts of neighbours, heads that look at them",
+        only="pretrain",
     )
 
     # data
@@ -288,7 +290,7 @@ def parse_value(item: dataclasses.Field[Any], text: str, where: str) -> Any:
     name, text = f"{where}: {key_of(item.name)} = {' '.join(text.split())}", text.strip()
     if "\n" in text or re.search(r"(^|\s)#", text):
         # The run's config.ini could not give it back.
-        raise BertlingError(f"{name}: a value holds no line end, and no '#' at its beginning or behind a space")
+        raise BertlingError(f"{name}: a value holds no line end, and no '#' at its beginning or after a space")
     if choices:
         if text.lower() not in choices:
             near = difflib.get_close_matches(text.lower(), choices, n=1)

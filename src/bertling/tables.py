@@ -50,7 +50,7 @@ def read_columns(path: Path, text_column: str | int | None, label_column: str | 
 
 
 def table_ending(path: Path) -> str:
-    """The ending of a file's name that says what it holds, in lower case, the .gz behind it left out."""
+    """The ending of a file's name that says what it holds, in lower case, a .gz after it left out."""
     return Path(path.name.lower().removesuffix(".gz")).suffix
 
 

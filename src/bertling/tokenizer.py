@@ -305,7 +305,7 @@ def _alphabet(counted: dict[str, int], size: int) -> list[str]:
 
 
 def _inside_words(char: str) -> bool:
-    """Whether a word can hold the character behind another one, so that its "##" form is needed."""
+    """Whether a word can hold the character after another one, so that its "##" form is needed."""
     return len(pre_tokenizers.BertPreTokenizer().pre_tokenize_str(f"a{char}a")) == 1
 
 

@@ -53,13 +53,13 @@ def flops(config: ModelConfig, rows: int, length: int, masked: int) -> float:
     """Floating-point operations of one step's matrix products, forward and backward (three times forward).
 
     Counted from shapes, two per multiply-add, and only what has to be computed: the last block works on the masked
-    places alone behind its attention, and only these meet the vocabulary.
+    places alone after its attention, and only these meet the vocabulary.
     """
     width, inner, tokens = config.hidden_size, config.intermediate_size, rows * length
     mixing = 2 * 2 * tokens * length * width  # q k^T and the weighted sum of v
-    behind = 2 * width * width + 2 * (3 if config.glu else 2) * width * inner  # a token's out_proj and MLP
+    rest = 2 * width * width + 2 * (3 if config.glu else 2) * width * inner  # a token's out_proj and MLP
     blocks = config.num_hidden_layers * (2 * 3 * width * width * tokens + mixing)
-    blocks += behind * ((config.num_hidden_layers - 1) * tokens + masked)
+    blocks += rest * ((config.num_hidden_layers - 1) * tokens + masked)
     head = masked * 2 * width * (config.vocab_size + (width if config.mlm_dense else 0))
     return 3.0 * (blocks + head)
 
