@@ -78,9 +78,7 @@ class Settings:
         0, "with --cp: keep the embeddings and so many of the lowest blocks as they are; 0: train all", minimum=0
     )
     word_vectors: Literal["random", "counts"] = setting(
-        "random",
-        "fresh weights; counts: word vectors from counts of neighbours, heads that look at them",
-        only="pretrain",
+        "random", "fresh weights; counts: vectors from counts of neighbours, heads that look at them", only="pretrain"
     )
 
     # data
