@@ -372,3 +372,19 @@ def test_an_overflow_in_one_optimizer_skips_the_step_of_both(
     poisoned.remove()
     trainer.train_step(0.5)
     assert not torch.equal(embeddings, before["embeddings.word_embeddings.weight"])
+
+
+def test_a_batch_that_was_drawn_early_is_the_one_that_is_trained_on(
+    train_mlm: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = train_mlm(max_iters=5)
+    backward_at = Trainer.backward_at
+
+    def and_draw_the_next(self: Trainer, size: int) -> Any:  # as on a CUDA GPU
+        loss = backward_at(self, size)
+        self.draw(self.step + 1, size)
+        return loss
+
+    monkeypatch.setattr(Trainer, "backward_at", and_draw_the_next)
+    early = train_mlm(max_iters=5)
+    assert_equal_runs(early.run, plain.run)

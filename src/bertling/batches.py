@@ -47,11 +47,11 @@ class Batch:
         return int(self.attention_mask[real].sum())
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "Batch":
-        """The batch on a device; `non_blocking` copies to a GPU from pinned memory without waiting."""
+        """The batch on a device; `non_blocking` copies to a CUDA GPU from pinned memory without waiting."""
         pin = non_blocking and torch.device(device).type == "cuda"
 
         def move(tensor: Tensor) -> Tensor:
-            return (tensor.pin_memory() if pin else tensor).to(device, non_blocking=non_blocking)
+            return (tensor.pin_memory() if pin else tensor).to(device, non_blocking=pin)
 
         return replace(
             self,

@@ -66,7 +66,7 @@ def open_model(cp: Path | None, device: str, dtype: str, task: Literal["fill", "
 
     if cp is None:
         say(f"model: the one that comes with bertling ({BOX / 'README.md'}); --cp takes your own")
-    runtime = build_runtime(parse_settings({"device": device, "dtype": dtype}))
+    runtime = build_runtime(parse_settings({"device": device, "dtype": dtype, "compile": "false"}))
     for note in runtime.notes:
         say(f"note: {note}")
     return load(cp, runtime, task=task)

@@ -66,8 +66,9 @@ def explain(error: Exception) -> str | None:
     if isinstance(error, click.ClickException):
         where = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "bertling"
         return f"{' '.join(error.format_message().split()).rstrip('.')}; '{where} --help' shows what it takes"
-    of_torch = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)  # it is not loaded
-    if isinstance(error, MemoryError) or of_torch:
+    of_torch = ("can't allocate memory", "backend out of memory")  # on a CPU, on Apple's GPU
+    cuda = type(error).__name__ == "OutOfMemoryError"  # torch is not loaded
+    if isinstance(error, MemoryError) or cuda or any(words in str(error) for words in of_torch):
         return "out of memory; lower micro-batch-size, or the size of the model"
     if isinstance(error, OSError):
         try:

@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+import torch
+
 from bertling.console import is_rank
 from bertling.optim import Schedule
 
@@ -14,6 +16,11 @@ ON_THE_FLOOR = 0.98
 """A loss over this share of the floor has not left it."""
 LOW_RATE = 1e-5
 """Below this highest rate, AdamW hardly moves fresh weights."""
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether a GPU's memory was too small; Apple's has no exception of its own for it."""
+    return isinstance(error, torch.OutOfMemoryError) or "backend out of memory" in str(error)
 
 
 @contextmanager

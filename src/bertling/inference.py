@@ -30,7 +30,7 @@ from bertling.tables import check_text, decode_utf8, open_bytes, shorten
 from bertling.tokenizer import Tokenizer
 from bertling.vectors import Vectors
 
-BATCH_TOKENS = 2048
+BATCH_TOKENS, GPU_BATCH_TOKENS = 2048, 1 << 15
 """Tokens in a forward pass, padding counted: many short texts at once, or few long ones."""
 BOX = Path(__file__).with_name("box")
 """The model that comes with the package; box/README.md is its card."""
@@ -96,7 +96,7 @@ class _Reader:
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
         while order:
             longest = len(rows[order[-1]]) + 2
-            size = max(1, BATCH_TOKENS // longest)
+            size = max(1, (BATCH_TOKENS if self.runtime.device.type == "cpu" else GPU_BATCH_TOKENS) // longest)
             places, order = order[-size:], order[:-size]
             wrapped = [[self.tokenizer.cls_id, *rows[i], self.tokenizer.sep_id] for i in places]
             input_ids, mask = pad_rows(wrapped, self.tokenizer.pad_id)

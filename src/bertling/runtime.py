@@ -5,8 +5,10 @@ import ctypes
 import os
 import shutil
 import sys
+import sysconfig
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 
@@ -51,6 +53,8 @@ def build_runtime(settings: Settings, *, local_rank: int = 0, local_processes: i
     device = choose_device(settings.device, local_rank, local_processes)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        # First choice on an H100, it plans anew for each shape of a batch, and gradients may be NaN (pytorch#196678).
+        torch.backends.cuda.enable_cudnn_sdp(False)
     threads = settings.threads or max(1, available_cores() // local_processes)
     torch.set_num_threads(threads)
     # Who names fp32 gets it in full; elsewhere TF32 may serve the products that autocast leaves in fp32.
@@ -67,7 +71,9 @@ def build_runtime(settings: Settings, *, local_rank: int = 0, local_processes: i
         )
     wanted = settings.compile == "true" or (settings.compile == "auto" and compile_pays(settings, device))
     if wanted and not can_compile(device):
-        missing = "no C++ compiler was found" + (", or no Triton for this GPU" if device.type == "cuda" else "")
+        missing = "no C++ compiler was found"
+        if device.type == "cuda":
+            missing = "Triton for this GPU, a compiler for C and C++, or Python's headers (python3-dev) were not found"
         notes.append(f"{missing}, so the model runs uncompiled: the same results, slower steps")
         wanted = False
     if wanted and device.type == "cpu":
@@ -170,9 +176,13 @@ def compile_pays(settings: Settings, device: torch.device) -> bool:
 
 
 def can_compile(device: torch.device) -> bool:
-    """Whether torch.compile finds the C++ compiler that it needs, and on a GPU Triton (from Volta on)."""
-    if device.type == "cuda" and (not find_spec("triton") or torch.cuda.get_device_capability(device) < (7, 0)):
-        return False
+    """Whether torch.compile finds the C++ compiler it needs, and on a GPU Triton (Volta or later) and its needs."""
+    if device.type == "cuda":
+        headers = Path(sysconfig.get_paths()["include"], "Python.h").exists()
+        compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+        triton = find_spec("triton") and torch.cuda.get_device_capability(device) >= (7, 0)
+        if not (triton and headers and compiler):
+            return False
     names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++", "c++", "cl"]
     return sys.platform != "win32" and any(shutil.which(name) for name in names)
 

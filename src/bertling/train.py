@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from bertling import optim
+from bertling.batches import Batch
 from bertling.budget import Moment, due, moment, needs_clock, total_steps
 from bertling.checkpoint import TrainingState, load_checkpoint, load_state, newest_intact, save_checkpoint
 from bertling.distributed import Ranks
-from bertling.faults import floor_warning, stays_on_the_floor, stop_requests
+from bertling.faults import floor_warning, is_out_of_memory, stays_on_the_floor, stop_requests
 from bertling.files import BertlingError, is_of_disk, skipped_where_disk_fails, write_json
 from bertling.illustrate import to_svg
 from bertling.int8 import use_int8
@@ -62,16 +63,14 @@ class Trainer:
         self.micro_batch_size = min(share, settings.micro_batch_size or share)
         self.step, self.seconds, self.examples_shown = 0, 0.0, 0
         self.started = time.perf_counter()  # as if it had been one go: `train` moves it back by earlier seconds
-        self.tokens, self.learning_rate = 0, 0.0  # of the latest step
+        self.drawn: dict[tuple[int, int], tuple[list[Batch], int]] = {}
         self.best_accuracy, self.best_step = -1.0, 0
-        self.evaluated_step, self.saved_step, self.failed_saves = -1, -1, 0
+        self.evaluated_step, self.saved_step, self.failed_saves, self.warned = -1, -1, 0, False
         self.metrics: dict[str, float] = {}
         self.recent_losses: list[Tensor] = []
-        self.rate_factor = 1.0
-        self.skipped_steps = 0
+        self.tokens, self.learning_rate, self.rate_factor, self.skipped_steps = 0, 0.0, 1.0, 0
         self.bad_steps: list[dict[str, Any]] = []  # the latest ones in a row
         self.saved_best = self.best_accuracy, self.best_step
-        self.warned = False
         self.notices: list[str] = []
         if state is not None:
             self.restore(state)
@@ -115,9 +114,7 @@ class Trainer:
 
     def moment(self) -> Moment:
         """Where the run stands; one clock counts for all processes."""
-        seconds = self.clock()
-        if needs_clock(self.settings):
-            seconds = self.ranks.from_first([seconds])[0]
+        seconds = self.ranks.from_first([self.clock()])[0] if needs_clock(self.settings) else self.clock()
         return moment(self.settings, self.total_steps, self.step, seconds)
 
     def train_step(self, progress: float) -> Tensor:
@@ -152,8 +149,8 @@ class Trainer:
         while True:
             try:
                 return self.backward_at(self.micro_batch_size)
-            except torch.OutOfMemoryError:
-                if self.micro_batch_size == 1:
+            except RuntimeError as error:
+                if not is_out_of_memory(error) or self.micro_batch_size == 1:
                     raise
             # Out of the except block, whose traceback would hold on to the memory.
             self.model.zero_grad(set_to_none=True)
@@ -166,11 +163,8 @@ class Trainer:
             )
 
     def backward_at(self, micro_batch_size: int) -> Tensor:
-        """The same with micro-batches of this size."""
         torch.manual_seed(step_seed(self.settings.seed, self.step, self.ranks.rank))
-        batches, count = self.task.micro_batches(
-            self.step, rank=self.ranks.rank, world_size=self.ranks.world_size, micro_batch_size=micro_batch_size
-        )
+        batches, count = self.draw(self.step, micro_batch_size)
         tokens, scored = sum(batch.tokens for batch in batches), sum(batch.count for batch in batches)
         self.tokens = round(tokens * count / max(scored, 1))  # of all processes, in proportion
         losses = []
@@ -181,7 +175,17 @@ class Trainer:
                 loss = self.task.loss(self.model, on_device) / max(count, 1)
             self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
             losses.append(loss.detach())
+        if self.runtime.device.type == "cuda":  # it is still computing: what it needs next is drawn meanwhile
+            self.draw(self.step + 1, micro_batch_size)
         return torch.stack(losses).sum()
+
+    def draw(self, step: int, size: int) -> tuple[list[Batch], int]:
+        """This process's micro-batches of a step, and what is scored in all; kept until another step is asked for."""
+        if (step, size) not in self.drawn:
+            rank, world_size = self.ranks.rank, self.ranks.world_size
+            batches = self.task.micro_batches(step, rank=rank, world_size=world_size, micro_batch_size=size)
+            self.drawn = {(step, size): batches}
+        return self.drawn[step, size]
 
     def note_skipped(self, loss: Tensor, norm: Tensor) -> None:
         """Count a step that was not made, unless the scaler is only looking for its scale."""
@@ -391,7 +395,6 @@ class Trainer:
             record(self.run, self.settings, finished=done)
             if not done:
                 log.line(f"stopped at step {self.step:,}, and saved; go on with --cp {self.run}")
-        best = self.best_accuracy, self.best_step
         return Outcome(
             self.run, self.step, self.clock(), self.metrics, *best, done, self.skipped_steps, self.evaluated_step
         )

@@ -78,6 +78,8 @@ def wait(device: torch.device) -> None:
     """Let a GPU finish what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
 
 
 def made_up_text(folder: Path, workload: Workload) -> tuple[Path, Tokenizer]:
@@ -182,6 +184,7 @@ class Stock:
         config = stock_config(workload)
         import transformers
 
+        torch.set_float32_matmul_precision("high" if best else "highest")  # torch's default: no TF32
         path, tokenizer = made_up_text(folder, workload)
         self.batches = MaskedBatches(
             [open_samples(path)],
@@ -223,4 +226,6 @@ def peak_memory(device: torch.device) -> int:
     """Bytes: the GPU's, or those of this process."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
+    if device.type == "mps":
+        return int(torch.mps.driver_allocated_memory())
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
