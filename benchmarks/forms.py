@@ -7,7 +7,6 @@ range. Batches of 32 sentences of similar length, all cores. Exports into a temp
 """
 
 import argparse
-import os
 import statistics
 import tempfile
 import time
@@ -23,7 +22,7 @@ from bertling.checkpoint import load_checkpoint
 from bertling.inference import Classifier
 from bertling.labelled import load_labelled
 from bertling.model import BertForSequenceClassification
-from bertling.runtime import Runtime
+from bertling.runtime import Runtime, available_cores
 from bertling.tools.export import export
 
 ROUNDS = 5
@@ -59,7 +58,7 @@ def main() -> None:
     parser.add_argument("--cp", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True)
     options = parser.parse_args()
-    threads = len(os.sched_getaffinity(0))
+    threads = available_cores()
     torch.set_num_threads(threads)
     loaded = load_checkpoint(options.cp)
     model = loaded.model

@@ -107,6 +107,12 @@ class Steps:
             # Noted before it begins: a training that goes on keeps its settings, whatever is asked for then.
             self.notes[step] = {"words": [command, *map(str, (*words, *names))]}
             write_json(self.path, self.notes)
+        note, described = self.notes.get(step, {}), runs / run / "run.json"
+        if begun and "answer" not in note and described.exists() and read_json(described, "description")["finished"]:
+            # Killed between the end of the training and the note of it: its state knows how long it was.
+            state = read_json(runs / run / "checkpoints" / "last" / "training_state.json", "training state")
+            note["answer"] = {name: state[name] for name in ("step", "seconds")}
+            write_json(self.path, self.notes)
         return self.do(step, command, *words, *names, resumed=(command, "--resume", *names) if begun else ())
 
 

@@ -10,7 +10,6 @@ table goes to standard output. `--processes` trains with 1 and 2 processes too (
 
 import argparse
 import json
-import os
 import shutil
 import statistics
 import subprocess
@@ -20,6 +19,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from bertling.runtime import available_cores
 from bertling.settings import parse_settings
 from bertling.tools.bench import bench
 from bertling.tools.comparisons import timed
@@ -90,7 +90,7 @@ def preparing(text: Path, vocab: Path, rounds: int) -> None:
         part = Path(name) / "part.txt"
         for size in sizes:
             beginning(text, part, size)
-            for workers in sorted({1, len(os.sched_getaffinity(0))}):
+            for workers in sorted({1, available_cores()}):
                 words = ["prepare", "-i", str(part), "-l", "x", "-o", f"{name}/datasets", "-m", "128", "-v", str(vocab)]
                 command = [sys.executable, "-m", "bertling", *words, "--workers", str(workers)]
                 seconds = []
@@ -172,7 +172,7 @@ def main() -> None:
     if options.plot:
         plot(results, options.plot)
     if options.processes:
-        for count in (1, len(os.sched_getaffinity(0))):
+        for count in (1, available_cores()):
             point = processes(count, steps=30)
             print(f"{count} process(es), one thread each: {point['tokens_per_second']:,.0f} tokens/s", flush=True)
 

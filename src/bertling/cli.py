@@ -12,7 +12,7 @@ from typing import Any, TextIO, cast
 import click
 
 from bertling.cli_use import USE_COMMANDS
-from bertling.console import Lasting, answer, clean_end, explain, forget, is_first, is_rank, say
+from bertling.console import LARGE_PAGES, Lasting, answer, clean_end, explain, forget, is_first, is_rank, say
 from bertling.files import BertlingError
 from bertling.options import (
     PATH,
@@ -216,6 +216,7 @@ def finetune(
 
 def begin(command: str, configs: tuple[Path, ...], flags: dict[str, Any], cp: Path | None, resume: bool) -> Any:
     """Resolve the settings."""
+    os.environ.setdefault(*LARGE_PAGES)
     from bertling.runs import resolve_start
 
     start = resolve_start(command, list(configs) or default_files(Path()), flags, cp=cp, resume=resume)

@@ -269,6 +269,14 @@ def bench(
         raise click.UsageError(f"--{first}: the step's own workloads have their sizes; name a --preset with it")
     settings = vars(parse_settings({"device": device, "dtype": dtype, "compile": compiled}))
     rows = rows or (("step",) if preset is not None else ("step", *COMPARISONS))
+    for name, value, users in (
+        ("preset", preset, {"step"}),
+        ("text", text, {"prepare"}),
+        ("data", data, {"finetune", "classify"}),
+        ("vocab", vocab, {"prepare", "finetune", "classify"}),
+    ):
+        if value is not None and not users & set(rows):
+            raise click.UsageError(f"--{name}: none of the rows asked for uses it, only {', '.join(sorted(users))}")
     with tempfile.TemporaryDirectory(prefix="bertling-bench-") as folder:
         where = Path(folder), against is not None, rounds, choose_device(device).type, available_cores(), say
         comparisons = compare([row for row in rows if row != "step"], Bench(*where, text, vocab, data, dtype))

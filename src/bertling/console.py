@@ -17,6 +17,9 @@ import click
 
 from bertling.files import BertlingError, readable_errors
 
+LARGE_PAGES = "THP_MEM_ALLOC_ENABLE", "1"
+"""An environment variable that torch reads when it first allocates: what trains sets it before (runtime.py)."""
+
 
 def say(text: str) -> None:
     """What is not an answer goes to standard error."""

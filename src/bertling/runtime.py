@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from bertling.console import LARGE_PAGES
 from bertling.files import BertlingError
 from bertling.settings import Settings
 
@@ -92,7 +93,7 @@ def keep_freed_memory() -> None:
     """
     if sys.platform != "linux":
         return
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch reads it when it first allocates
+    os.environ.setdefault(*LARGE_PAGES)
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         for parameter, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1), (M_ARENA_MAX, 1)):

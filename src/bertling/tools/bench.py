@@ -5,6 +5,8 @@ Each contestant lives in a process of its own and keeps still while another one 
 
 import contextlib
 import multiprocessing
+import os
+import signal
 import statistics
 import tempfile
 import time
@@ -16,6 +18,7 @@ from typing import Any
 
 import torch
 
+from bertling.console import LARGE_PAGES
 from bertling.files import BertlingError
 from bertling.model import ModelConfig
 from bertling.presets import preset_config
@@ -52,13 +55,15 @@ def sized_workload(
 def flops(config: ModelConfig, rows: int, length: int, masked: int) -> float:
     """Floating-point operations of one step's matrix products, forward and backward (three times forward).
 
-    Counted from shapes, two per multiply-add, and only what has to be computed: the last block works on the masked
-    places alone after its attention, and only these meet the vocabulary.
+    Counted from shapes, two per multiply-add, and only what has to be computed: blocks with windows look no further,
+    the last one works on the masked places alone after its attention, and only these meet the vocabulary.
     """
     width, inner, tokens = config.hidden_size, config.intermediate_size, rows * length
-    mixing = 2 * 2 * tokens * length * width  # q k^T and the weighted sum of v
+    window = min(length, 2 * (config.local_attention // 2) + 1)
+    seen = sum(window if config.is_local(i) else length for i in range(config.num_hidden_layers))
+    mixing = 2 * 2 * tokens * seen * width  # q k^T and the weighted sum of v
     rest = 2 * width * width + 2 * (3 if config.glu else 2) * width * inner  # a token's out_proj and MLP
-    blocks = config.num_hidden_layers * (2 * 3 * width * width * tokens + mixing)
+    blocks = config.num_hidden_layers * 2 * 3 * width * width * tokens + mixing
     blocks += rest * ((config.num_hidden_layers - 1) * tokens + masked)
     head = masked * 2 * width * (config.vocab_size + (width if config.mlm_dense else 0))
     return 3.0 * (blocks + head)
@@ -81,6 +86,8 @@ def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
 
 def work(kind: str, workload: Workload, given: dict[str, Any], pipe: Connection) -> None:
     """A contestant's process: on each word from the pipe run a turn of steps, and tell how it went."""
+    if kind != CONTESTANTS[1]:
+        os.environ.setdefault(*LARGE_PAGES)
     try:
         settings = Settings(
             batch_size=workload.batch_size,
@@ -197,8 +204,11 @@ def bench(workload: Workload, *, against: bool, rounds: int, settings: dict[str,
             say(f"{workload}: {kind} gets ready")
             pipes[kind], far = context.Pipe()
             process = context.Process(target=work, args=(kind, workload, settings, far), daemon=True)
+            interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the child inherits that: we answer Ctrl-C
             process.start()
+            signal.signal(signal.SIGINT, interrupt)
             processes.append(process)
+            far.close()  # so that the pipe ends with the child
             told[kind].append(heard(pipes[kind], kind))  # one after the other: compiling would disturb the next
         runtime = build_runtime(Settings(**settings))
         peaks = []

@@ -10,6 +10,7 @@ import torch
 
 from bertling.batches import evaluation_batches
 from bertling.checkpoint import Loaded
+from bertling.files import BertlingError
 from bertling.labelled import labels_of
 from bertling.model import BertForMaskedLM
 from bertling.runtime import Runtime, build_runtime
@@ -76,9 +77,11 @@ def compare(
     """Two masked language models of one vocabulary on a prepared data set, or two classifiers on labelled texts."""
     runtime = build_runtime(parse_settings({"device": device, "compile": "false"}))
     rights, scored, items = [], np.zeros(0, dtype=np.int64), "texts"
+    vocabularies: set[str] = set()
     for cp in (a, b):
         loaded = load_for(cp, data, text_column, label_column)
         loaded.model.to(runtime.device)
+        vocabularies.add(loaded.tokenizer.fingerprint)
         if isinstance(loaded.model, BertForMaskedLM):
             samples = samples_for(loaded, data)
             right, scored = right_tokens(loaded, samples, runtime)
@@ -89,6 +92,8 @@ def compare(
             right = class_logits(loaded.model, batches, runtime).argmax(-1).numpy() == labels_of(texts)
             right, scored = right[:, None], np.ones(len(right), dtype=np.int64)
         rights.append(right)
+    if items != "texts" and len(vocabularies) > 1:
+        raise BertlingError(f"{a} and {b}: their vocabularies differ, so their masked words do; compare models of one")
     right_a, right_b = rights
     low, high, p = paired_bootstrap(right_a.sum(1), right_b.sum(1), scored, np.random.default_rng(seed))
     return Comparison(

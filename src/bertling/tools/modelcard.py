@@ -103,6 +103,11 @@ def scores(loaded: Loaded, state: dict[str, Any] | None) -> str:
     """Each figure of the checkpoint's own evaluation with the floors beside it."""
     if state is None or not state.get("metrics"):
         return "The folder that this was made from tells none."
+    if state["evaluated_step"] != state["step"]:
+        return (
+            f"None of these weights, which are of step {state['step']:,}: the latest evaluation before was that of "
+            f"step {state['evaluated_step']:,}. 'bertling evaluate' scores them."
+        )
     figures = {key.removeprefix("eval/"): value for key, value in state["metrics"].items()}
     run = run_of(loaded.folder)
     floors: dict[str, Any] = {}

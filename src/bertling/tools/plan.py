@@ -53,8 +53,10 @@ class Plan:
     evaluation_seconds: float
     """One of them."""
     steps: int
+    done: int
+    """Steps that a run which goes on has made already; `steps` and `minutes` are what is left, all else is of both."""
     minutes: float
-    """Of the whole run, evaluations counted."""
+    """Evaluations counted."""
     tokens: int
     epochs: float
     memory_bytes: int
@@ -73,8 +75,8 @@ class Plan:
             f"model    {self.parameters:,} parameters, {self.parameters_without_embeddings:,} without embeddings",
             f"machine  {self.runtime}; {1000 * self.seconds_per_step:,.0f} ms a step (slowest "
             f"{1000 * self.slowest_step:,.0f}), {self.tokens_per_second:,.0f} tokens a second",
-            f"time     {clock(60 * self.minutes)} for {self.steps:,} steps, of it {clock(self.getting_ready_seconds)} "
-            f"to get ready; an evaluation takes {self.evaluation_seconds:.1f} s",
+            f"time     {clock(60 * self.minutes)} for {self.steps:,} {'more ' if self.done else ''}steps, of it "
+            f"{clock(self.getting_ready_seconds)} to get ready; an evaluation takes {self.evaluation_seconds:.1f} s",
             f"text     {self.tokens:,} tokens, {self.epochs:.2f} epochs, "
             f"{self.tokens / self.parameters_without_embeddings:.1f} tokens a parameter",
             f"memory   {self.memory_bytes / 1e9:.2f} GB a process",
@@ -119,10 +121,14 @@ def plan(start: Start, say: Say, *, probe_steps: int = 20) -> Plan:
     began = time.perf_counter()
     evaluate_masked_lm(model, some, data.tokenizer, runtime)
     evaluation = (time.perf_counter() - began) * data.val.rows / rows
-    steps, spent = foretell(settings, task.steps_per_epoch, step, evaluation, getting_ready)
+    numbers = start.state.numbers if start.state else {"step": 0, "seconds": 0.0}
+    done = int(numbers["step"])
+    steps, spent = foretell(
+        settings, task.steps_per_epoch, step, evaluation, getting_ready, done, float(numbers["seconds"])
+    )
     tokens = settings.batch_size * task.train.seq_len
     count = count_parameters(model)
-    epochs = steps / task.steps_per_epoch
+    epochs = (done + steps) / task.steps_per_epoch
     return Plan(
         runtime=runtime.describe(),
         parameters=count.total,
@@ -133,21 +139,29 @@ def plan(start: Start, say: Say, *, probe_steps: int = 20) -> Plan:
         getting_ready_seconds=getting_ready,
         evaluation_seconds=evaluation,
         steps=steps,
+        done=done,
         minutes=spent / 60,
-        tokens=steps * tokens,
+        tokens=(done + steps) * tokens,
         epochs=epochs,
         memory_bytes=peak_memory(runtime.device),
         disk_bytes=int((settings.max_checkpoints + 2) * SAVES_MORE * (4 * count.total + state)),
-        warnings=tuple(warnings(steps, epochs, steps * tokens / count.without_embeddings)),
+        warnings=tuple(warnings(done + steps, epochs, (done + steps) * tokens / count.without_embeddings)),
     )
 
 
 def foretell(
-    settings: Settings, steps_per_epoch: float, step: float, evaluation: float, getting_ready: float
+    settings: Settings,
+    steps_per_epoch: float,
+    step: float,
+    evaluation: float,
+    getting_ready: float,
+    done: int = 0,
+    seconds: float = 0.0,
 ) -> tuple[int, float]:
-    """Steps of the run and its seconds: by steps, or as many steps as its minutes hold."""
+    """Steps of the run and its seconds: by steps, or as many as its minutes hold; without what was done before."""
     total = total_steps(settings, steps_per_epoch)
-    limit = math.inf if settings.max_minutes is None else 60 * settings.max_minutes
+    total = None if total is None else max(0, total - done)
+    limit = math.inf if settings.max_minutes is None else max(0.0, 60 * settings.max_minutes - seconds)
     every = settings.val_interval
     # An evaluation at the start, at each interval, and at the end.
     fixed = getting_ready + evaluation * (1 if every else EVALUATIONS + 1)

@@ -105,8 +105,8 @@ def run_quickstart(
     """The whole path in `folder`: text, vocabulary, data, pre-training, fine-tuning, answers.
 
     `minutes` is the length of the pre-training, which `steps` may end earlier. An earlier quickstart in the folder is
-    replaced with `force`, and nothing else that lies there. Raises BertlingError where the folder is in use, where this
-    machine has too little English text, and when the training was asked to stop.
+    replaced with `force`, nothing else there. Raises BertlingError where the folder is in use or this machine has too
+    little English text, and when the training was asked to stop.
     """
     began = time.monotonic()
     claim(folder, force)
@@ -140,7 +140,7 @@ def run_quickstart(
         },
         classified=classified,
         written=written,
-        commands=tour.commands(),
+        commands=tour.commands(minutes, steps),
     )
     write_json(folder / MARKER, {"finished": True, **result.to_dict()})
     return result
@@ -155,10 +155,15 @@ def claim(folder: Path, force: bool) -> None:
             raise BertlingError(f"{folder}: holds files, and not those of a quickstart; name another --folder")
         if not force:
             raise BertlingError(f"{folder}: exists already; give --force to replace it, or name another --folder")
-        for name in (PRETRAINED, SENTIMENT, SCRATCH, BOXED):
-            run = folder / "runs" / name
+        names = (PRETRAINED, SENTIMENT, SCRATCH, BOXED)
+        runs = [run for name in names if (run := folder / "runs" / name).exists()]
+        if runs:
+            from bertling.runs import check_idle
+
+            list(map(check_idle, runs))
+        for run in runs:
             with readable_errors(run):
-                shutil.rmtree(run) if run.exists() else None
+                shutil.rmtree(run)
     write_json(folder / MARKER, {"finished": False})
 
 
@@ -381,15 +386,16 @@ class Tour:
             str(self.folder / MARKER): "all figures",
         }
 
-    def commands(self) -> dict[str, str]:
-        """What to try next."""
+    def commands(self, minutes: float, steps: int | None) -> dict[str, str]:
+        """What to try next, after a pre-training that had these limits."""
+        longer = ["--max-minutes", f"{minutes + 12.5:g}", *([] if steps is None else ["--max-iters", 10**6])]
         runs = self.folder / "runs"
         lines: list[tuple[Sequence[object], str]] = [
             (("fill", "--cp", runs / PRETRAINED, "returns true if the [MASK] is empty ."), "let it guess"),
             (("classify", "--cp", runs / SENTIMENT, "I would buy it again."), "ask the classifier"),
             (("inspect", self.datasets / self.train), "see what it read, and how tokens are hidden"),
             (("summary", "--cp", runs / PRETRAINED), "see its anatomy"),
-            (("pretrain", "--cp", runs / PRETRAINED, "--max-minutes", "15"), "train it on, up to 15 minutes in all"),
+            (("pretrain", "--cp", runs / PRETRAINED, *longer), f"train it on, up to {longer[1]} minutes in all"),
             (("pretrain", "--help"), "every setting; the commands above ($) work with your own text"),
         ]
         return {" ".join([self.program, *(shlex.quote(str(w)) for w in words)]): why for words, why in lines}

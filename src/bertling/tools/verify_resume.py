@@ -14,7 +14,7 @@ from typing import Any
 from bertling.checkpoint import load_state
 from bertling.files import BertlingError, atomic_write, readable_errors, sha256_of
 from bertling.runlog import read_metrics
-from bertling.runs import in_progress
+from bertling.runs import description, in_progress
 from bertling.settings import COMMANDS, Settings
 
 Say = Callable[[str], None]
@@ -179,6 +179,9 @@ class Twin:
         goals = sorted(chance.sample(range(1, steps), min(kills, steps - 1)))
         done: list[Kill] = []
         for goal in goals:
+            goal = max(goal, last_step(run) + 1)  # the kill before may have come late: this one has to hit a newer step
+            if goal >= steps:
+                break
             process = self.start(name)
             seen, since = last_step(run), time.monotonic()
             while process.poll() is None and (now := last_step(run)) < goal:
@@ -190,12 +193,12 @@ class Twin:
             process.kill()
             if process.wait() not in (0, -9):
                 raise BertlingError(self.last_words(name))
-            if process.returncode == 0:
+            if is_finished(run):
                 break  # it was quicker
             done.append(Kill(last_step(run), saved_step(run)))
         if not done:
             raise BertlingError(f"the {steps} steps were over before a kill could hit them; give more --steps")
-        if process.returncode != 0:
+        if not is_finished(run):
             self.finish(name)
         return done
 
@@ -211,6 +214,11 @@ def last_step(run: Path) -> int:
     if not (run / "logs" / "metrics.jsonl").exists():
         return 0
     return max((int(entry["step"]) for entry in read_metrics(run)), default=0)
+
+
+def is_finished(run: Path) -> bool:
+    """Whether a run has come to its end; its process may have been killed after that."""
+    return (run / "run.json").exists() and bool(description(run).get("finished"))
 
 
 def saved_step(run: Path) -> int:
