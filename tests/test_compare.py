@@ -6,10 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from commands import bertling
+from commands import TEXT, VOCAB, bertling
 
+from bertling.checkpoint import load_checkpoint, write_model
 from bertling.finetune import FinetuneResult
 from bertling.runs import Outcome
+from bertling.tokenizer import Tokenizer
 from bertling.tools.compare import Comparison, compare, paired_bootstrap
 from bertling.tools.evaluate import evaluate
 
@@ -82,6 +84,16 @@ def test_unlike_models_are_refused(
     train_mlm: Callable[..., Outcome], train_classifier: Callable[..., FinetuneResult], work: Path
 ) -> None:
     masked = train_mlm(max_iters=1, run_id="m").run
+    one = load_checkpoint(masked / "checkpoints" / "last")
+    *others, last_but_one, last = one.tokenizer.entries
+    (work / "other").mkdir()
+    write_model(work / "other", one.model, Tokenizer([*others, last, last_but_one]))
+    # A file of fixed masks does not say which vocabulary it is of.
+    words = ["-i", TEXT, "-l", "fixed", "-o", work / "fixed", "-m", 16, "-v", VOCAB, "--format", "msgpack"]
+    assert bertling("prepare", *words).status == 0
+    data = work / "fixed" / "val_fixed_16_123.msgpack.gz"
+    refusal = bertling("compare", masked, work / "other", "--data", data, "--device", "cpu").error
+    assert "their vocabularies differ" in refusal
     classifier = train_classifier(from_scratch=True, max_iters=1, run_id="c").seeds[0].outcome.run
     ended = bertling("compare", str(masked), str(classifier), "--data", str(work / "dev.tsv"), "--device", "cpu")
     assert ended.status == 2

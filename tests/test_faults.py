@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -107,6 +108,11 @@ def test_many_bad_steps_send_the_run_back_once_at_half_the_rate(
     }
     # The lower rate is kept by whoever goes on with the run.
     state = load_state(last(outcome))
+    assert state is not None
+    assert (state.numbers["rate"], state.numbers["skipped_steps"]) == (0.5, 5)
+    gone_on = train_mlm(cp=outcome.run, max_iters=22)
+    assert (gone_on.run, gone_on.step, gone_on.finished, gone_on.skipped_steps) == (outcome.run, 22, True, 5)
+    state = load_state(last(gone_on))
     assert state is not None
     assert (state.numbers["rate"], state.numbers["skipped_steps"]) == (0.5, 5)
 
@@ -339,27 +345,49 @@ def test_a_disk_that_is_really_full_leaves_whole_checkpoints(small_disk: list[st
     statuses = [line for line in done.stdout.splitlines() if line.startswith("status")]
     assert statuses == ["status 2", "status 0"], done.stdout + done.stderr
     assert ".step" not in done.stdout
+    assert "passed over" not in done.stderr
 
 
 def test_a_second_signal_leaves_a_whole_checkpoint(work: Path) -> None:
+    # The first signal comes in the middle of a step that takes long, the second before that one has ended.
+    (work / "sitecustomize.py").write_text(
+        "import time\n"
+        "from pathlib import Path\n"
+        "from bertling.train import Trainer\n"
+        "train_step = Trainer.train_step\n"
+        "def slow(self, progress):\n"
+        "    if self.step == 41:\n"
+        f"        Path({str(work / 'slow')!r}).touch()\n"
+        "        time.sleep(60)\n"
+        "    return train_step(self, progress)\n"
+        "Trainer.train_step = slow\n"
+    )
+    path = os.pathsep.join([str(work), *filter(None, [os.environ.get("PYTHONPATH")])])
     words = "--d-model 32 --heads 4 --n-layers 1 --dtype fp32 --threads 1 --device cpu --batch-size 4".split()
     command = [sys.executable, "-m", "bertling", "pretrain", *words, "--base-dir", str(work), "--save-every", "20"]
     process = subprocess.Popen(
-        [*command, "--max-iters", "100000", "--run-id", "two"], stderr=subprocess.PIPE, text=True
+        [*command, "--max-iters", "100000", "--run-id", "two"],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": path},
     )
     run = work / "runs" / "two"
-    while not (run / "checkpoints" / "step-0000040").exists():
+    while not ((run / "checkpoints" / "step-0000040").exists() and (work / "slow").exists()):
         assert process.poll() is None
+        time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
+    time.sleep(1)
+    assert process.poll() is None  # it waits for the end of its step
     process.send_signal(signal.SIGTERM)
-    process.communicate()
-    assert process.returncode in (-signal.SIGTERM, 3)  # the first one may have been quicker
+    process.communicate(timeout=30)
+    assert process.returncode == -signal.SIGTERM
     done = subprocess.run(
         [*command[:4], "--cp", str(run), "--max-iters", "30000", "--max-minutes", "0.02"],
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
+    assert "passed over" not in done.stderr
 
 
 def test_checkpoints_by_the_clock(train_mlm: Train) -> None:

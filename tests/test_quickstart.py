@@ -12,7 +12,7 @@ import pytest
 from commands import Ended, bertling
 
 from bertling.console import program
-from bertling.files import BertlingError
+from bertling.files import BertlingError, locked
 from bertling.tools.quickstart import FINETUNING, MARKER, MASKED, REVIEWS, STAGES, QuickstartResult, claim
 
 REDUCED = ("--megabytes", 0.6, "--minutes", 5, "--steps", 20)
@@ -137,6 +137,15 @@ def test_force_replaces_nothing_but_its_own(tmp_path: Path) -> None:
     claim(tmp_path / "tour", force=True)
     left = {path.relative_to(tmp_path / "tour").as_posix() for path in (tmp_path / "tour").rglob("*.*")}
     assert left == {MARKER, "notes.txt", "runs/run0/config.ini"}
+
+
+def test_a_run_in_progress_is_not_taken_away(tmp_path: Path) -> None:
+    claim(tmp_path, force=False)
+    run = tmp_path / "runs" / "pretrain"
+    run.mkdir(parents=True)
+    with locked(run, wait=False), pytest.raises(BertlingError, match="another process is training this run"):
+        claim(tmp_path, force=True)
+    assert run.exists()
 
 
 @pytest.mark.parametrize("force", [False, True])

@@ -67,6 +67,19 @@ def test_a_process_gets_its_share_of_the_cores() -> None:
     assert torch.get_num_threads() == 1
 
 
+def test_the_cores_are_shared_out_evenly(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = torch.get_num_threads()
+    monkeypatch.setattr(runtime, "available_cores", lambda: 8)
+    try:
+        for processes, threads in ((2, 4), (1, 8), (3, 2)):
+            build_runtime(Settings(device="cpu", dtype="fp32"), local_processes=processes)
+            assert torch.get_num_threads() == threads
+        build_runtime(Settings(device="cpu", dtype="fp32", threads=3), local_processes=2)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_what_a_machine_cannot_do_is_refused() -> None:
     with pytest.raises(BertlingError, match="dtype = fp16: a CPU trains in bf16 or fp32; choose one of these or auto"):
         build_runtime(Settings(device="cpu", dtype="fp16", threads=1))

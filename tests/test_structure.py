@@ -2,6 +2,8 @@
 
 import ast
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -87,7 +89,7 @@ def test_every_file_has_its_place() -> None:
 @pytest.mark.parametrize(
     "name", ["tokenizer", "text", "duplicates", "corpus", "packed", "samples", "settings", "files"]
 )
-def test_preparing_text_needs_no_torch(name: str) -> None:
+def test_reading_text_needs_no_torch(name: str) -> None:
     assert "import torch" not in (SOURCE / f"{name}.py").read_text()
 
 
@@ -127,3 +129,15 @@ def test_the_package_offers_what_it_says() -> None:
 def test_every_module_says_what_it_is_for() -> None:
     for path in FILES:
         assert ast.get_docstring(ast.parse(path.read_text())), path
+
+
+def test_preparing_text_loads_no_torch(tmp_path: Path) -> None:
+    assets = Path(__file__).parent / "assets"
+    code = (
+        "import sys; from bertling.cli import cli; cli(sys.argv[1:], standalone_mode=False)\n"
+        "assert 'torch' not in sys.modules"
+    )
+    words = ["prepare", "-i", str(assets / "tiny.txt"), "-l", "x", "-o", str(tmp_path), "-m", "16"]
+    command = [sys.executable, "-c", code, *words, "-v", str(assets / "vocab")]
+    subprocess.run(command, check=True, capture_output=True)
+    assert (tmp_path / "train_x_16_123" / "manifest.json").exists()

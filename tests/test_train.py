@@ -4,6 +4,7 @@ import json
 import os
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from bertling.prepare import prepare
 from bertling.presets import preset_config
 from bertling.runlog import read_metrics
 from bertling.runs import Outcome
-from bertling.runtime import Runtime, int8_pays
+from bertling.runtime import Runtime, int8_pays, step_seed
 from bertling.samples import match_samples, open_samples
 from bertling.settings import Settings
 from bertling.tasks import MaskedLMTask
@@ -88,7 +89,7 @@ def make_trainer(run: Path, task: Any, tokenizer: Tokenizer, settings: Settings,
     )
     model = BertForMaskedLM(config, torch.Generator().manual_seed(1))
     runtime = Runtime(torch.device("cpu"), torch.float32, compile=False)
-    return Trainer(task, model, tokenizer, settings, runtime, Ranks(), run, **changes)
+    return Trainer(task, model, tokenizer, settings, runtime, changes.pop("ranks", Ranks()), run, **changes)
 
 
 def test_one_batch_is_learnt_by_heart(work: Path, tiny_tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -138,12 +139,16 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(
         "max_iters": 14,
         "dtype": dtype,
     }
+    monkeypatch.setattr("bertling.train.LOG_POINTS", 3)  # every fourth step is logged: the stop comes in between
     whole = train_mlm(**shape)
-    at_step(monkeypatch, 5, lambda: signal.raise_signal(signal.SIGINT))
     handler = signal.getsignal(signal.SIGINT)
-    stopped = train_mlm(**shape)
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        at_step(patch, 5, lambda: signal.raise_signal(signal.SIGINT))
+        stopped = train_mlm(**shape)
     assert (stopped.step, stopped.finished) == (6, False)
+    state = load_state(stopped.run / "checkpoints" / "last")
+    assert state is not None
+    assert len(state.numbers["recent_losses"]) == 2
     assert signal.getsignal(signal.SIGINT) is handler
     assert "stopped at step 6, and saved; go on with --cp" in (stopped.run / "logs" / "log.txt").read_text()
     resumed = train_mlm(cp=stopped.run)
@@ -155,6 +160,23 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(
         whole.metrics,
     )
     assert resumed.seconds > stopped.seconds
+    logged = [entry["step"] for entry in read_metrics(resumed.run) if "train/loss" in entry]
+    assert logged == [4, 8, 12, 14]
+
+
+def test_the_clock_of_a_resumed_run_goes_on(work: Path, tiny_tokenizer: Tokenizer, tmp_path: Path) -> None:
+    task, run = make_task(work, tiny_tokenizer), tmp_path / "run"
+    settings = Settings(batch_size=8, max_iters=2, val_interval=1000)
+    assert make_trainer(run, task, tiny_tokenizer, settings).train().seconds < 100
+    before = load_state(run / "checkpoints" / "last")
+    assert before is not None
+    before = TrainingState(before.numbers | {"seconds": 100.0}, before.tensors)
+    longer = replace(settings, max_iters=3)
+    outcome = make_trainer(run, task, tiny_tokenizer, longer, state=before).train()
+    assert 100 <= outcome.seconds < 200
+    after = load_state(run / "checkpoints" / "last")
+    assert after is not None
+    assert (after.numbers["step"], after.numbers["seconds"] >= 100) == (3, True)
 
 
 def test_a_run_that_was_killed_goes_on_from_its_last_checkpoint(
@@ -317,6 +339,24 @@ def test_gradients_are_clipped(work: Path, tiny_tokenizer: Tokenizer, tmp_path: 
     )
     trainer.train_step(0.0)
     assert norms == pytest.approx([1e-4], rel=1e-3)
+
+
+def test_each_process_has_dropout_of_its_own(
+    work: Path, tiny_tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Ranks, "sum_gradients", lambda *_: None)
+    monkeypatch.setattr(Ranks, "any", lambda self, flag: flag)
+    settings = Settings(batch_size=8, max_iters=5, seed=3)
+    task = make_task(work, tiny_tokenizer)
+    trainers = [make_trainer(tmp_path, task, tiny_tokenizer, settings, ranks=Ranks(rank, 2)) for rank in (0, 1)]
+    seeds: list[int] = []
+    monkeypatch.setattr(torch, "manual_seed", seeds.append)
+    for trainer in trainers:
+        trainer.train_step(0.0)
+    trainers[1].step = 4
+    trainers[1].train_step(0.0)
+    assert seeds == [step_seed(3, 0, 0), step_seed(3, 0, 1), step_seed(3, 4, 1)]
+    assert len(set(seeds)) == 3
 
 
 @pytest.mark.parametrize(

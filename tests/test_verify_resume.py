@@ -1,7 +1,9 @@
 """Kills: in the middle of a checkpoint, of a training of one or two processes; what is left is enough, to the bit."""
 
 import json
+import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +15,7 @@ from typing import Any
 import pytest
 from commands import bertling
 from conftest import TINY
+from safetensors.torch import load_file, save_file
 
 from bertling.checkpoint import step_folders
 from bertling.files import BertlingError
@@ -44,10 +47,12 @@ def check(work: Path, *, steps: int = 30, kills: int = 2, **changes: Any) -> too
 
 def test_kills_while_checkpoints_are_written_leave_one_to_go_on_from() -> None:
     done = subprocess.run(
-        [sys.executable, str(KILLS), "--kills", "12", "--width", "64"], capture_output=True, text=True
+        [sys.executable, str(KILLS), "--kills", "12", "--width", "128"], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert re.match(r"12 kills among \d+ checkpoints, \d+ of them in the middle of one: each time", done.stdout)
+    said = re.match(r"12 kills among \d+ checkpoints, (\d+) of them in the middle of one: each time", done.stdout)
+    assert said is not None, done.stdout
+    assert int(said[1]) > 0, done.stdout
 
 
 def test_a_killed_training_ends_as_one_that_ran_through(work: Path) -> None:
@@ -104,6 +109,42 @@ def test_a_difference_is_found(work: Path, train_mlm: Callable[..., Outcome], mo
     assert "model.safetensors of the last step: sha256" in str(tool.difference(one.run, same.run))
     state = json.loads((longer.run / "checkpoints" / "last" / "training_state.json").read_text())
     assert {"rate", "recent_losses", "skipped_steps"} <= state.keys()
+
+
+def test_a_difference_beside_the_weights_is_found(
+    work: Path, tmp_path: Path, train_mlm: Callable[..., Outcome]
+) -> None:
+    one = train_mlm(max_iters=6, val_interval=3).run
+
+    def copied(name: str) -> Path:
+        copy = tmp_path / name
+        shutil.copytree(one, copy, symlinks=True)
+        assert tool.difference(one, copy) is None
+        return copy
+
+    moments = copied("moments") / "checkpoints" / "last" / "training_state.safetensors"
+    tensors = load_file(moments)
+    next(iter(tensors.values())).add_(1)
+    save_file(tensors, moments)
+    found = str(tool.difference(one, tmp_path / "moments"))
+    assert re.fullmatch(
+        r"training_state\.safetensors of the last step: sha256 \w{16} in one go, \w{16} killed and resumed", found
+    )
+    best = copied("best") / "checkpoints" / "best"
+    before = os.readlink(best)
+    best.unlink()
+    best.symlink_to("step-0000000")
+    assert tool.difference(one, tmp_path / "best") == (f"best: {before} in one go, step-0000000 killed and resumed")
+    for key, value in {"rate": 0.5, "recent_losses": [7.5], "skipped_steps": 1, "turn": 9, "extra": 1}.items():
+        file = copied(key) / "checkpoints" / "last" / "training_state.json"
+        numbers = json.loads(file.read_text())
+        before = numbers.get(key)
+        file.write_text(json.dumps(numbers | {key: value}))
+        found = str(tool.difference(one, tmp_path / key))
+        assert found == f"{key}: {before} in one go, {value} killed and resumed"
+    file = copied("seconds") / "checkpoints" / "last" / "training_state.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"seconds": 1e6}))
+    assert tool.difference(one, tmp_path / "seconds") is None
 
 
 def test_a_resume_that_forgets_something_fails(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:

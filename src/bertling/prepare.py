@@ -14,12 +14,10 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from bertling.corpus import Corpus, build_corpus
 from bertling.datacard import DataCard, SplitCard
 from bertling.files import BertlingError, atomic_file, atomic_folder, locked, readable_errors, refuse_file, write_json
-from bertling.masking import mask_tokens
 from bertling.packed import IGNORED, MAX_SEQ_LEN, Ids, write_pairs
 from bertling.samples import MANIFEST, SamplesWriter, Tally, unigram_floors
 from bertling.splits import SPLITS, Part, deal, shares_of, whole
@@ -302,6 +300,10 @@ def _masked(blocks: Iterator[Ids], layout: Layout, split: str, tally: Tally) -> 
 
     The rows are counted as they were before.
     """
+    import torch  # here alone, and shards need no masks: it takes two seconds to load
+
+    from bertling.masking import mask_tokens
+
     tokenizer = layout.tokenizer
     for number, rows in enumerate(blocks):
         tally.add(rows)
@@ -323,8 +325,7 @@ def _masked(blocks: Iterator[Ids], layout: Layout, split: str, tally: Tally) -> 
 
 def _remove_stale(layout: Layout, wanted: Sequence[str]) -> list[str]:
     """Take away older splits of the same name that this call does not make: their text may be in train now."""
-    notes = []
-    made = list(map(layout.target, wanted))
+    notes, made = [], list(map(layout.target, wanted))
     for path in (path for name in SPLITS for path in layout.places(name) if path not in made):
         if path.is_file() or (path / MANIFEST).is_file():
             with readable_errors(path):

@@ -161,9 +161,8 @@ def claim(folder: Path, force: bool) -> None:
             from bertling.runs import check_idle
 
             list(map(check_idle, runs))
-        for run in runs:
-            with readable_errors(run):
-                shutil.rmtree(run)
+        with readable_errors(folder / "runs"):
+            list(map(shutil.rmtree, runs))
     write_json(folder / MARKER, {"finished": False})
 
 
