@@ -379,7 +379,10 @@ def test_a_second_signal_leaves_a_whole_checkpoint(work: Path) -> None:
     time.sleep(1)
     assert process.poll() is None  # it waits for the end of its step
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=30)
+    try:
+        process.communicate(timeout=30)
+    finally:
+        process.kill()
     assert process.returncode == -signal.SIGTERM
     done = subprocess.run(
         [*command[:4], "--cp", str(run), "--max-iters", "30000", "--max-minutes", "0.02"],
