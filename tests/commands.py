@@ -43,13 +43,14 @@ class Ended:
         return errors[0].removeprefix("error: ")
 
 
-def bertling(*words: object, cwd: Path | None = None, stdin: bytes = b"") -> Ended:
-    """Run `bertling WORDS`."""
-    out, err = io.StringIO(), io.StringIO()
+def bertling(*words: object, cwd: Path | None = None, stdin: bytes | None = b"", encoding: str | None = None) -> Ended:
+    """Run `bertling WORDS`; without `stdin` standard input is closed, and `encoding` is that of standard output."""
+    written, err = io.BytesIO(), io.StringIO()
+    out = io.StringIO() if encoding is None else io.TextIOWrapper(written, encoding=encoding)
     status = 0
     with (
         mock.patch.object(sys, "argv", ["bertling", *map(str, words)]),
-        mock.patch.object(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin))),
+        mock.patch.object(sys, "stdin", None if stdin is None else io.TextIOWrapper(io.BytesIO(stdin))),
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
         contextlib.chdir(cwd or Path()),
@@ -58,7 +59,9 @@ def bertling(*words: object, cwd: Path | None = None, stdin: bytes = b"") -> End
             cli.main()
         except SystemExit as end:
             status = int(end.code or 0)
-    return Ended(status, out.getvalue(), err.getvalue())
+    out.flush()
+    said = out.getvalue() if isinstance(out, io.StringIO) else written.getvalue().decode(out.encoding)
+    return Ended(status, said, err.getvalue())
 
 
 def listing(folder: Path) -> dict[str, int | None]:

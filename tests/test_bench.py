@@ -1,6 +1,7 @@
 """What the benchmark counts is what is computed, and its contestants do the same work."""
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from bertling.model import BertForMaskedLM, ModelConfig
 from bertling.presets import preset_config
 from bertling.samples import open_samples
 from bertling.tools import comparisons, programs
-from bertling.tools.bench import Measured, Report, flops
+from bertling.tools.bench import Measured, Report, bench, flops
 from bertling.tools.comparisons import Bench, Comparison, compare
 from bertling.tools.contestants import Workload
 from bertling.train import Trainer
@@ -34,6 +35,20 @@ def test_flops_are_those_that_torch_counts(preset: str) -> None:
     with FlopCounterMode(display=False) as counter:
         model(ids, None, wanted=positions, labels=labels).loss_sum.backward()
     assert counter.get_total_flops() == flops(workload.config(), 4, 32, 16)
+
+
+def test_flops_of_windows_are_those_of_what_they_see() -> None:
+    whole = Workload("modern", 4, 64, 4, 128, 4, 32)
+    local = replace(whole, local_attention=8)  # in blocks 2 and 3 nine tokens instead of 32
+    spared = 3 * 2 * 2 * 2 * (4 * 32) * (32 - 9) * 64  # of two blocks and two products, forward and backward
+    assert flops(whole.config(), 4, 32, 16) - flops(local.config(), 4, 32, 16) == spared
+
+
+def test_a_contestant_that_dies_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bertling.tools.bench.work", os._exit)
+    workload = Workload("modern", 1, 64, 2, 128, 4, 32)
+    with pytest.raises(BertlingError, match="ours: its process ended, perhaps for want of memory"):
+        bench(workload, against=False, rounds=1, settings={"device": "cpu"}, say=lambda text: None)
 
 
 def test_ratios_are_taken_round_by_round() -> None:
@@ -93,11 +108,11 @@ def tiny(tmp_path: Path) -> Bench:
 
 @pytest.fixture
 def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let trainings run here and be short: a process of its own for each loads the same libraries again."""
+    """Let programs run here and be short: a process of its own for each loads the same libraries again."""
     run = comparisons.run_program
 
     def run_here(command: list[str]) -> str:
-        if not command[3].startswith("finetune"):
+        if command[2] != "bertling.tools.programs":
             return run(command)
         return json.dumps(programs.PROGRAMS[command[3]](**json.loads(command[4])))
 

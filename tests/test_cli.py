@@ -347,15 +347,9 @@ def test_lines_without_a_mask_are_kept_in_step(world: World) -> None:
 
 
 def test_odd_streams_are_no_fault_of_the_program(world: World) -> None:
-    command = [sys.executable, "-m", "bertling", "fill", "--cp", str(world.mlm)]
-    closed = subprocess.run(["sh", "-c", '"$@" <&-', "sh", *command], capture_output=True, text=True, check=False)
-    assert (closed.returncode, closed.stderr.count("\n")) == (2, 1)
-    assert closed.stderr.startswith("error: no text: ")
-    narrow = subprocess.run(
-        [*command, "caf\u20ac [MASK]"],
-        env=os.environ | {"PYTHONIOENCODING": "latin-1"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert narrow.stdout.startswith("caf\\u20ac [MASK]")
+    closed = bertling("fill", "--cp", world.mlm, stdin=None)
+    assert (closed.status, closed.err.count("\n")) == (2, 1)
+    assert closed.err.startswith("error: no text: ")
+    narrow = bertling("fill", "--cp", world.mlm, "caf\u20ac [MASK]", encoding="latin-1")
+    assert narrow.status == 0, narrow.err
+    assert narrow.out.startswith("caf\\u20ac [MASK]")

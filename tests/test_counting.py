@@ -2,10 +2,10 @@
 
 import re
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from bertling.prepare import prepare
@@ -23,15 +23,18 @@ def test_each_row_of_a_table_is_a_distribution() -> None:
     assert ratios[0, 1] > 0 > ratios[0, 0]
 
 
-def test_a_cycle_of_words_is_found(tmp_path: Path, tiny_tokenizer: Tokenizer) -> None:
+def test_a_cycle_of_words_is_found(
+    tmp_path: Path, tiny_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     text = tmp_path / "cycle.txt"
     cycle = "old river and village lamp keeper of stone bread in a the"
     text.write_text("".join(f" = Title {number} = \n\n{f'{cycle} ' * 20}\n" for number in range(60)))
     prepare([text], "cycle", tmp_path / "datasets", 32, tiny_tokenizer, workers=1)
     train, val = (next((tmp_path / "datasets").glob(f"{split}_*")) for split in ("train", "val"))
-    command = [sys.executable, str(COUNTING), "--train", str(train), "--val", str(val)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    found = re.match(r"accuracy ([\d.]+)%, loss [\d.]+, [\d,]+ places\n", done.stdout)
-    assert found is not None, done.stdout
+    monkeypatch.setattr(sys, "argv", [str(COUNTING), "--train", str(train), "--val", str(val)])
+    capsys.readouterr()
+    runpy.run_path(str(COUNTING), run_name="__main__")
+    said = capsys.readouterr().out
+    found = re.match(r"accuracy ([\d.]+)%, loss [\d.]+, [\d,]+ places\n", said)
+    assert found is not None, said
     assert float(found[1]) > 80  # always the commonest token: at most one in twelve

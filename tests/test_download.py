@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import json
+import logging
 import os
 import re
 import socket
@@ -14,17 +15,22 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 from urllib.parse import unquote, urlsplit
 
 import pytest
+from commands import Ended, bertling
 
-import bertling
+import bertling as package
 from bertling.files import BertlingError
 from bertling.tools.download import download as fetch
+from bertling.tools.download import endpoint
 
-pytest.importorskip("huggingface_hub")
+huggingface_hub = pytest.importorskip("huggingface_hub")
+constants = pytest.importorskip("huggingface_hub.constants")
+utils = pytest.importorskip("huggingface_hub.utils")
 
-BOX = {name: (Path(bertling.__file__).parent / "box" / name).read_bytes() for name in ("config.json", "vocab.txt")}
+BOX = {name: (Path(package.__file__).parent / "box" / name).read_bytes() for name in ("config.json", "vocab.txt")}
 SHA = "1f0c4e8a9b7d6c5e4f3a2b1c0d9e8f7a6b5c4d3e"
 REPOS: dict[str, dict[str, bytes]] = {
     "datasets/stanfordnlp/sst2": {
@@ -139,53 +145,79 @@ def digest(data: bytes) -> str:
 @pytest.fixture
 def hub() -> Iterator[Hub]:
     server = Hub()
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
     thread.start()
     yield server
     server.shutdown()
     server.server_close()
 
 
-def download(endpoint: str, folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    """In a process of its own: huggingface_hub reads its settings when it is imported."""
+@pytest.fixture(autouse=True)
+def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The hub's library reads its settings when it is imported: what counts is set again, and no try waits."""
+    home = tmp_path / "home"
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(home / "token"))
+    monkeypatch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", 2)
+    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 2)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", True)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    # its own handler holds on to a standard error that may be closed by now; this one takes the present one
+    monkeypatch.setattr(logging.getLogger("huggingface_hub"), "handlers", [logging.lastResort])
+    close_session = getattr(huggingface_hub, "close_session", lambda: None)
+    close_session()
+    utils.disable_progress_bars()
+    yield
+    utils.enable_progress_bars()
+    close_session()
+
+
+def download(hub: str, folder: Path, *words: str) -> Ended:
+    with mock.patch.dict(os.environ, HF_ENDPOINT=hub):
+        return bertling("download", *words, cwd=folder)
+
+
+def download_apart(hub: str, folder: Path, *words: str) -> Ended:
+    """In a process of its own, as a user does it."""
     settings = {
-        "HF_ENDPOINT": endpoint,
+        "HF_ENDPOINT": hub,
         "HF_HOME": str(folder / "home"),
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "HF_HUB_DISABLE_XET": "1",
         "HF_HUB_ETAG_TIMEOUT": "2",
         "HF_HUB_DOWNLOAD_TIMEOUT": "2",
-        "no_proxy": "127.0.0.1",
     }
     command = [sys.executable, "-m", "bertling", "download", *words]
-    return subprocess.run(
+    done = subprocess.run(
         command, cwd=folder, env={**os.environ, **settings}, capture_output=True, text=True, timeout=100
     )
+    return Ended(done.returncode, done.stdout, done.stderr)
 
 
 def test_a_data_set_with_its_size_and_licence_first(hub: Hub, tmp_path: Path) -> None:
-    ended = download(hub.endpoint, tmp_path, "sst2", "-o", "data sets", "--json")
-    assert ended.returncode == 0, ended.stderr
-    first = ended.stderr.splitlines()[0]
+    ended = download_apart(hub.endpoint, tmp_path, "sst2", "-o", "data sets", "--json")
+    assert ended.status == 0, ended.err
+    first = ended.err.splitlines()[0]
     assert first == f"stanfordnlp/sst2 (dataset, revision {SHA[:12]}): 2 files, 12.8 MB; licence: cc-by-4.0"
-    answer = json.loads(ended.stdout)
+    answer = json.loads(ended.out)
     assert answer["folder"] == "data sets"
     for path, data in REPOS["datasets/stanfordnlp/sst2"].items():
         here = tmp_path / "data sets" / path
         assert (here.read_bytes() == data) if path.startswith("data/") else not here.exists()
     asked = len(hub.log)
     again = download(hub.endpoint, tmp_path, "sst2", "-o", "data sets")
-    assert again.returncode == 0, again.stderr
-    assert "next: bertling finetune --cp RUN --train-input data sets/data/train" in again.stdout
+    assert again.status == 0, again.err
+    assert "next: bertling finetune --cp RUN --train-input data sets/data/train" in again.out
     assert [path for method, path, _ in hub.log[asked:] if method == "GET" and "resolve" in path] == []
 
 
 def test_a_model_without_its_second_copies(hub: Hub, tmp_path: Path) -> None:
     ended = download(hub.endpoint, tmp_path, "someone/tiny-bert")
-    assert ended.returncode == 0, ended.stderr
-    assert "3 files" in ended.stderr.splitlines()[0]
-    assert "licence: mit" in ended.stderr.splitlines()[0]
+    assert ended.status == 0, ended.err
+    assert "3 files" in ended.err.splitlines()[0]
+    assert "licence: mit" in ended.err.splitlines()[0]
     found = sorted(path.name for path in (tmp_path / "tiny-bert").iterdir() if path.name != ".cache")
     assert found == ["config.json", "model.safetensors", "vocab.txt"]
 
@@ -199,14 +231,14 @@ def test_a_model_without_its_second_copies(hub: Hub, tmp_path: Path) -> None:
 )
 def test_the_next_step_is_one_that_can_be_taken(hub: Hub, tmp_path: Path, name: str, step: str) -> None:
     ended = download(hub.endpoint, tmp_path, f"someone/{name}")
-    assert ended.returncode == 0, ended.stderr
-    assert ended.stdout.splitlines()[-1].startswith(f"next: {step}")
+    assert ended.status == 0, ended.err
+    assert ended.out.splitlines()[-1].startswith(f"next: {step}")
 
 
 def test_a_connection_that_breaks_is_taken_up_where_it_broke(hub: Hub, tmp_path: Path) -> None:
     hub.breaks = 1
     ended = download(hub.endpoint, tmp_path, "sst2")
-    assert ended.returncode == 0, ended.stderr
+    assert ended.status == 0, ended.err
     path = "data/train-00000-of-00001.parquet"
     assert (tmp_path / "sst2" / path).read_bytes() == REPOS["datasets/stanfordnlp/sst2"][path]
     ranges = [asked for method, _, asked in hub.log if method == "GET" and asked]
@@ -217,8 +249,8 @@ def test_a_connection_that_breaks_is_taken_up_where_it_broke(hub: Hub, tmp_path:
 def test_the_same_command_again_fetches_what_is_missing(hub: Hub, tmp_path: Path) -> None:
     hub.breaks, hub.break_after = 100, 10_000
     broken = download(hub.endpoint, tmp_path, "sst2")
-    assert broken.returncode == 2
-    assert "run the same command again to go on" in broken.stderr.splitlines()[-1]
+    assert broken.status == 2
+    assert "run the same command again to go on" in broken.err.splitlines()[-1]
     path = "data/train-00000-of-00001.parquet"
     assert not (tmp_path / "sst2" / path).exists()
     hub.breaks = 0
@@ -226,7 +258,7 @@ def test_the_same_command_again_fetches_what_is_missing(hub: Hub, tmp_path: Path
     have = {one.name for one in (tmp_path / "sst2" / "data").iterdir()}
     asked = len(hub.log)
     whole = download(hub.endpoint, tmp_path, "sst2")
-    assert whole.returncode == 0, whole.stderr
+    assert whole.status == 0, whole.err
     assert (tmp_path / "sst2" / path).read_bytes() == REPOS["datasets/stanfordnlp/sst2"][path]
     fetched = {Path(at).name for method, at, _ in hub.log[asked:] if method == "GET" and "/resolve/" in at}
     assert not have & fetched
@@ -244,9 +276,9 @@ def test_the_same_command_again_fetches_what_is_missing(hub: Hub, tmp_path: Path
 )
 def test_refusals_in_one_line(hub: Hub, tmp_path: Path, name: str, message: str) -> None:
     ended = download(hub.endpoint, tmp_path, name)
-    assert ended.returncode == 2
-    assert ended.stderr.splitlines()[-1].startswith(message)
-    assert "Traceback" not in ended.stderr
+    assert ended.status == 2
+    assert ended.err.splitlines()[-1].startswith(message)
+    assert "Traceback" not in ended.err
 
 
 @pytest.mark.parametrize(
@@ -262,9 +294,9 @@ def test_a_file_in_the_way_is_named(hub: Hub, tmp_path: Path, output: str, messa
     for name in ("notes.txt", "taken/data"):
         (tmp_path / name).write_text("mine")
     ended = download(hub.endpoint, tmp_path, "sst2", "-o", output)
-    assert ended.returncode == 2
-    assert re.fullmatch(f"error: {message}", ended.stderr.splitlines()[-1])
-    assert "Traceback" not in ended.stderr
+    assert ended.status == 2
+    assert re.fullmatch(f"error: {message}", ended.err.splitlines()[-1])
+    assert "Traceback" not in ended.err
     assert (hub.log == []) == (output == "notes.txt"), "what cannot be is refused before the hub is asked"
 
 
@@ -286,10 +318,17 @@ def test_a_full_disk_is_no_lost_connection(
         fetch("someone/m", None, lambda text: None)
 
 
+def test_the_hub_is_the_librarys_own_unless_one_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HF_ENDPOINT", raising=False)
+    assert endpoint() == constants.ENDPOINT
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9/")
+    assert endpoint() == "http://127.0.0.1:9"
+
+
 def test_offline_it_says_what_to_place_where(tmp_path: Path) -> None:
     ended = download("http://127.0.0.1:9", tmp_path, "wikitext-103")
-    assert ended.returncode == 2
-    line = ended.stderr.splitlines()[-1]
+    assert ended.status == 2
+    line = ended.err.splitlines()[-1]
     assert "could not be reached" in line
     assert "place these files by hand: wikitext-103-raw-v1/*.parquet of Salesforce/wikitext in wikitext-103" in line
-    assert "Traceback" not in ended.stderr
+    assert "Traceback" not in ended.err

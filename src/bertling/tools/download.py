@@ -92,7 +92,7 @@ def download(name: str, output: Path | None, say: Say) -> Download:
     folder = output or Path(name.rpartition("/")[2])
     refuse_file(folder, "the download")
     try:
-        info = huggingface_hub.HfApi().repo_info(repo, repo_type=kind, files_metadata=True)
+        info = huggingface_hub.HfApi(endpoint()).repo_info(repo, repo_type=kind, files_metadata=True)
         wanted = {
             entry.rfilename: int(entry.size or 0)
             for entry in huggingface_hub.utils.filter_repo_objects(
@@ -111,7 +111,12 @@ def download(name: str, output: Path | None, say: Say) -> Download:
             f"licence: {licence}"
         )
         huggingface_hub.snapshot_download(
-            repo, repo_type=kind, revision=info.sha, allow_patterns=sorted(wanted), local_dir=folder
+            repo,
+            repo_type=kind,
+            revision=info.sha,
+            allow_patterns=sorted(wanted),
+            local_dir=folder,
+            endpoint=endpoint(),
         )
     except errors.HFValidationError:
         raise BertlingError(f"{name}: no name that the hub allows; a model's is OWNER/NAME") from None
@@ -153,8 +158,10 @@ def licence_of(info: Any) -> str:
 
 
 def endpoint() -> str:
-    """The hub that is asked."""
-    return os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    """The hub that is asked: the one that HF_ENDPOINT names, else the library's own."""
+    from huggingface_hub import constants
+
+    return os.environ.get("HF_ENDPOINT", str(constants.ENDPOINT)).rstrip("/")
 
 
 def megabytes(files: dict[str, int]) -> str:
