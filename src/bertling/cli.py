@@ -50,6 +50,7 @@ def cli(debug: bool) -> None:
 @json_option
 def quickstart(folder: Path, minutes: float, steps: int | None, megabytes: float, force: bool, as_json: bool) -> None:
     """Watch a BERT grow in a few minutes, offline: vocabulary, data, pre-training, fine-tuning, answers."""
+    os.environ.setdefault(*LARGE_PAGES)
     from bertling.tools.quickstart import run_quickstart
 
     result = run_quickstart(folder, minutes=minutes, steps=steps, megabytes=megabytes, force=force, say=say)
