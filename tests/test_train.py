@@ -428,3 +428,32 @@ def test_a_batch_that_was_drawn_early_is_the_one_that_is_trained_on(
     monkeypatch.setattr(Trainer, "backward_at", and_draw_the_next)
     early = train_mlm(max_iters=5)
     assert_equal_runs(early.run, plain.run)
+
+
+def test_words_are_masked_whole_where_that_is_asked(train_mlm: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    masked: list[tuple[torch.Tensor, torch.Tensor]] = []  # what was read, and what stood at the masked places
+    loss = MaskedLMTask.loss
+
+    def seen(self: MaskedLMTask, model: BertForMaskedLM, batch: Batch) -> torch.Tensor:
+        assert batch.positions is not None
+        used = batch.labels >= 0
+        original = batch.input_ids.flatten().clone()
+        original[batch.positions[used]] = batch.labels[used]
+        hidden = torch.zeros(len(original), dtype=torch.bool)
+        hidden[batch.positions[used]] = True
+        masked.append((original, hidden))
+        return loss(self, model, batch)
+
+    monkeypatch.setattr(MaskedLMTask, "loss", seen)
+    torn = []
+    for whole in (True, False):
+        masked.clear()
+        run = train_mlm(max_iters=6, whole_word_masking=whole).run
+        tokenizer = Tokenizer.load(run / "checkpoints" / "last")
+        continues = torch.tensor(tokenizer.continues)
+        # A piece that goes on with a word is hidden where the one before it is, and only there; a row may begin with one.
+        apart = [
+            continues[ids[1:]] & (hidden[1:] != hidden[:-1]) & (ids[:-1] != tokenizer.cls_id) for ids, hidden in masked
+        ]
+        torn.append(int(torch.cat(apart).sum()))
+    assert torn[0] == 0 < torn[1]
