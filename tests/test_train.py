@@ -451,7 +451,7 @@ def test_words_are_masked_whole_where_that_is_asked(train_mlm: Train, monkeypatc
         run = train_mlm(max_iters=6, whole_word_masking=whole).run
         tokenizer = Tokenizer.load(run / "checkpoints" / "last")
         continues = torch.tensor(tokenizer.continues)
-        # A piece that goes on with a word is hidden where the one before it is, and only there; a row may begin with one.
+        # A piece that goes on with a word is hidden where the one before it is, no other; a row may begin with one.
         apart = [
             continues[ids[1:]] & (hidden[1:] != hidden[:-1]) & (ids[:-1] != tokenizer.cls_id) for ids, hidden in masked
         ]
