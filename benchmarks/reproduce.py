@@ -101,14 +101,16 @@ class Steps:
 
     def train(self, run: str, command: str, *words: object) -> Any:
         """The same for a training, which may have been begun: all its seeds, if they are several, have its name."""
+        from bertling.runs import is_finished
+
         step, runs, names = f"{run}: train", self.work / "runs", ("--base-dir", self.work, "--run-id", run)
         begun = [*runs.glob(f"{run}/checkpoints/step-*"), *runs.glob(f"{run}-seed*/checkpoints/step-*")]
         if not begun and "answer" not in self.notes.get(step, {}):
             # Noted before it begins: a training that goes on keeps its settings, whatever is asked for then.
             self.notes[step] = {"words": [command, *map(str, (*words, *names))]}
             write_json(self.path, self.notes)
-        note, described = self.notes.get(step, {}), runs / run / "run.json"
-        if begun and "answer" not in note and described.exists() and read_json(described, "description")["finished"]:
+        note = self.notes.get(step, {})
+        if begun and "answer" not in note and is_finished(runs / run):
             # Killed between the end of the training and the note of it: its state knows how long it was.
             state = read_json(runs / run / "checkpoints" / "last" / "training_state.json", "training state")
             note["answer"] = {name: state[name] for name in ("step", "seconds")}

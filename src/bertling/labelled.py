@@ -22,6 +22,7 @@ from bertling.tables import Columns, check_text, read_columns, shorten
 from bertling.tokenizer import Tokenizer
 
 SST2_NAMES = ("negative", "positive")
+PARQUET = "{}-00000-of-00001.parquet"  # how its files are called, by split
 MAX_CLASSES = 10_000
 TEXTS_AT_ONCE = 4096
 """Texts that are tokenized together: the library's results are many times as large as the ids."""
@@ -159,10 +160,10 @@ def check_agree(train: LabelledTexts, other: LabelledTexts) -> LabelledTexts:
 def sst2_files(base_dir: Path) -> dict[str, Path]:
     """SST-2's files in `<base_dir>/datasets`, or as downloaded to sst2 in there; test is named if it is there."""
     needed = ("train", "validation")
-    places = base_dir / "datasets", base_dir / "datasets" / "sst2" / "data"
-    found = [{split: folder / f"{split}-00000-of-00001.parquet" for split in (*needed, "test")} for folder in places]
-    whole = (files for files in found if all(files[split].is_file() for split in needed))
-    files = next(whole, found[places[1].is_dir()])
+    folder, downloaded = base_dir / "datasets", base_dir / "datasets" / "sst2" / "data"
+    if downloaded.is_dir() and not all((folder / PARQUET.format(split)).is_file() for split in needed):
+        folder = downloaded
+    files = {split: folder / PARQUET.format(split) for split in (*needed, "test")}
     for split in needed:
         if not files[split].is_file():
             raise BertlingError(

@@ -115,7 +115,7 @@ def resolve_start(
                 f"{'none' if was is None else was} and keeps it; leave it out, or start a new run from its weights "
                 "with a new --run-id"
             )
-    if description(run).get("finished") and not seeds_left(run):
+    if is_finished(run) and not seeds_left(run):
         check_longer(run, settings, before, flags, state)
     # The run's file holds defaults too: explicit is what was given now.
     return Start(settings, frozenset(flags), run, checkpoint, state, tuple(notes))
@@ -188,6 +188,11 @@ def description(run: Path) -> dict[str, Any]:
         if about.get("task") in COMMANDS:
             return about
     return {"task": read_ini(run / "config.ini").get("task_type", "mlm"), "finished": False}
+
+
+def is_finished(run: Path) -> bool:
+    """Whether a run has come to its end; its process may have been killed after that."""
+    return (run / "run.json").exists() and bool(description(run).get("finished"))
 
 
 def mend_record(run: Path, state: TrainingState) -> list[str]:

@@ -89,7 +89,8 @@ def keep_freed_memory() -> None:
 
     Large blocks are otherwise mapped and zeroed anew each time they are asked for, page by page: up to a quarter of a
     step (docs/experiments.md). glibc's mallopt(3) is told to keep one heap and never to map or trim; torch to ask for
-    large pages. Other systems' allocators are left as they are.
+    large pages, which it heeds before its first allocation alone (so the commands that train ask earlier). Other
+    systems' allocators are left as they are.
     """
     if sys.platform != "linux":
         return

@@ -64,13 +64,12 @@ class Trainer:
         self.step, self.seconds, self.examples_shown = 0, 0.0, 0
         self.started = time.perf_counter()  # as if it had been one go: `train` moves it back by earlier seconds
         self.drawn: dict[tuple[int, int], tuple[list[Batch], int]] = {}
-        self.best_accuracy, self.best_step = -1.0, 0
+        self.best_accuracy, self.best_step = self.saved_best = -1.0, 0
         self.evaluated_step, self.saved_step, self.failed_saves, self.warned = -1, -1, 0, False
         self.metrics: dict[str, float] = {}
         self.recent_losses: list[Tensor] = []
         self.tokens, self.learning_rate, self.rate_factor, self.skipped_steps = 0, 0.0, 1.0, 0
         self.bad_steps: list[dict[str, Any]] = []  # the latest ones in a row
-        self.saved_best = self.best_accuracy, self.best_step
         self.notices: list[str] = []
         if state is not None:
             self.restore(state)
@@ -163,6 +162,7 @@ class Trainer:
             )
 
     def backward_at(self, micro_batch_size: int) -> Tensor:
+        """The same with micro-batches of this size."""
         torch.manual_seed(step_seed(self.settings.seed, self.step, self.ranks.rank))
         batches, count = self.draw(self.step, micro_batch_size)
         tokens, scored = sum(batch.tokens for batch in batches), sum(batch.count for batch in batches)

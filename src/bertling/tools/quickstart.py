@@ -155,14 +155,14 @@ def claim(folder: Path, force: bool) -> None:
             raise BertlingError(f"{folder}: holds files, and not those of a quickstart; name another --folder")
         if not force:
             raise BertlingError(f"{folder}: exists already; give --force to replace it, or name another --folder")
-        names = (PRETRAINED, SENTIMENT, SCRATCH, BOXED)
-        runs = [run for name in names if (run := folder / "runs" / name).exists()]
-        if runs:
-            from bertling.runs import check_idle
+        from bertling.runs import check_idle
 
-            list(map(check_idle, runs))
+        runs = [run for name in (PRETRAINED, SENTIMENT, SCRATCH, BOXED) if (run := folder / "runs" / name).exists()]
+        for run in runs:
+            check_idle(run)
         with readable_errors(folder / "runs"):
-            list(map(shutil.rmtree, runs))
+            for run in runs:
+                shutil.rmtree(run)
     write_json(folder / MARKER, {"finished": False})
 
 

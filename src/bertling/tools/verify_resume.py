@@ -14,7 +14,7 @@ from typing import Any
 from bertling.checkpoint import load_state
 from bertling.files import BertlingError, atomic_write, readable_errors, sha256_of
 from bertling.runlog import read_metrics
-from bertling.runs import description, in_progress
+from bertling.runs import in_progress, is_finished
 from bertling.settings import COMMANDS, Settings
 
 Say = Callable[[str], None]
@@ -214,11 +214,6 @@ def last_step(run: Path) -> int:
     if not (run / "logs" / "metrics.jsonl").exists():
         return 0
     return max((int(entry["step"]) for entry in read_metrics(run)), default=0)
-
-
-def is_finished(run: Path) -> bool:
-    """Whether a run has come to its end; its process may have been killed after that."""
-    return (run / "run.json").exists() and bool(description(run).get("finished"))
 
 
 def saved_step(run: Path) -> int:
