@@ -284,6 +284,25 @@ def test_a_launch_refuses_a_name_that_is_taken(
     assert "taken: exists already; go on with it by --cp" in capsys.readouterr().err
 
 
+def test_a_launch_resumes_the_run_that_was_found(
+    work: Path, train_mlm: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = train_mlm(max_iters=2).run
+    write_json(run / "run.json", {"task": "mlm", "finished": False})
+    launched: list[list[str]] = []
+
+    def note(settings: Settings, words: list[str]) -> int:
+        launched.append(words)
+        return 0
+
+    monkeypatch.setattr(distributed, "launch", note)
+    extra = ["--base-dir", str(work), "--ddp", "--nproc", "2", "--max-iters", "4"]
+    monkeypatch.setattr(sys, "argv", ["bertling", "pretrain", "--resume", *extra])
+    with pytest.raises(SystemExit, match="0"):
+        cli.main()
+    assert launched == [["pretrain", "--cp", str(run), *extra]]
+
+
 def test_a_launch_passes_its_settings_on(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[list[str]] = []
     monkeypatch.setattr("torch.distributed.run.main", calls.append)
@@ -338,3 +357,9 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(BertlingError, match="nproc = 2: there are 1 GPUs here, and each process needs its own"):
         check_processes(Settings(), 2, 2)
     check_processes(Settings(device="cpu"), 2, 2)
+
+
+def test_several_processes_on_an_apple_gpu_are_refused() -> None:
+    with pytest.raises(BertlingError, match="device = mps: several processes cannot train on it together; give device"):
+        check_processes(Settings(device="mps"), 2, 2)
+    check_processes(Settings(device="mps"), 1, 1)

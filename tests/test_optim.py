@@ -240,6 +240,21 @@ def test_a_state_that_was_packed_goes_on_bit_equal(
         assert torch.equal(expected, found), name
 
 
+def test_a_state_of_other_parameters_is_refused(make_model: Callable[[], BertForMaskedLM]) -> None:
+    model = make_model()
+    optimizers = build_optimizers(model, Settings(), CPU, torch.float32)
+    train(model, optimizers, range(1))
+    packed = pack_state(optimizers)
+    last = max(int(key.split(".")[1]) for key in packed)
+    fewer = {key: value for key, value in packed.items() if key.split(".")[1] != str(last)}
+    with pytest.raises(ValueError, match=f"state of {last} parameters for {last + 1}"):
+        unpack_state(optimizers, fewer)
+    name = next(key for key, value in packed.items() if value.ndim)
+    _, place, entry = name.split(".")
+    with pytest.raises(ValueError, match=rf"{entry} of parameter {place} has the shape \[1, 2\]"):
+        unpack_state(optimizers, packed | {name: torch.zeros(1, 2)})
+
+
 @pytest.mark.parametrize("largest", [0.5, 1e3])
 def test_gradients_are_clipped_as_torch_does_it(largest: float) -> None:
     generator = torch.Generator().manual_seed(0)

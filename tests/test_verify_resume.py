@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -93,6 +94,12 @@ def test_a_signal_leaves_neither_a_training_nor_its_folder(work: Path) -> None:
 def test_a_killed_training_of_two_processes_too(work: Path) -> None:
     report = check(work, ddp=True, nproc=2, batch_size=9, kills=1)
     assert report.passed, report.text()
+
+
+def test_kills_that_come_too_late_prove_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tool, "last_step", lambda run: 30)
+    with pytest.raises(BertlingError, match="the 30 steps were over before a kill could hit them; give more --steps"):
+        tool.Twin(tmp_path, ["never", "started"]).kill_and_resume("killed", 30, 2, random.Random(0))
 
 
 def test_a_difference_is_found(work: Path, train_mlm: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) -> None:
