@@ -1,5 +1,5 @@
 """Files made to harm: nothing is executed, nothing is allocated on a file's word, no path leads out, nothing unpacks
-without end."""
+without end, and no connection is made."""
 
 import gzip
 import json
@@ -7,7 +7,9 @@ import lzma
 import pickle
 import re
 import shutil
+import socket
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +23,13 @@ from safetensors.torch import load_file, save_file
 from bertling import files, tables, text, tokenizer
 from bertling.checkpoint import load_checkpoint
 from bertling.files import BertlingError
+from bertling.finetune import FinetuneResult
+from bertling.inference import load
 from bertling.labelled import load_labelled
+from bertling.runs import Outcome
 from bertling.text import read_pieces
 from bertling.tokenizer import Tokenizer
+from bertling.tools.export import export
 
 
 class Bomb:
@@ -228,3 +234,29 @@ def test_labelled_texts_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             BertlingError, match=rf"{name}: holds more than 1 MiB of labelled texts; give a part of them"
         ):
             load_labelled(tmp_path / name)
+
+
+def test_nothing_asks_a_network(
+    work: Path,
+    train_mlm: Callable[..., Outcome],
+    train_classifier: Callable[..., FinetuneResult],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[object] = []
+
+    def refuse(*given: object, **more: object) -> None:
+        asked.append(given)
+        raise OSError("no network here")
+
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    for name in ("connect", "connect_ex", "sendto"):
+        monkeypatch.setattr(socket.socket, name, refuse)
+    with pytest.raises(OSError, match="no network here"):
+        socket.create_connection(("127.0.0.1", 9))
+    asked.clear()
+    run = train_mlm(max_iters=2).run
+    train_classifier(cp=run, max_iters=2)
+    load(run).fill("the old [MASK] .")
+    load(task="classify").classify("a lovely river")
+    export(run, work / "exported", "hf")  # compares with the stock classes
+    assert asked == []
