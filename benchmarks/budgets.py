@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bertling.files import atomic_file
-from bertling.plots import BLUE, GREY, INK, ORANGE
+from bertling.plots import BLUE, GREY, INK, ORANGE, plain_frame
 from bertling.runlog import read_metrics
 
 if TYPE_CHECKING:
@@ -45,8 +45,10 @@ def main() -> None:
     figure = Figure(figsize=(8, 4.8), dpi=150, layout="constrained")
     axes = figure.add_subplot(xscale="log", xlim=(TICKS[0], 1.1 * TICKS[-1]))
     for run in options.runs:
-        name, folder = run.split("=")
+        name, folder = run.split("=", 1)
         curve = evaluations(Path(folder))
+        if not curve:
+            parser.error(f"{folder}: no evaluation after its first step; name a run that has one")
         axes.plot(*zip(*curve, strict=True), color=BLUE, linewidth=1.2, alpha=0.5)
         dot(axes, name, *curve[-1], BLUE)
     for point in options.point:
@@ -62,9 +64,7 @@ def main() -> None:
     axes.minorticks_off()
     axes.set_xlabel("minutes of pre-training on two cores, everything counted", color=INK)
     axes.set_ylabel("masked words right, %", color=INK)
-    axes.grid(color="#e4e4e4", linewidth=0.8)
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
+    plain_frame(axes)
     with atomic_file(options.output) as temporary:
         figure.savefig(temporary, format="png", metadata={"Software": None})
 

@@ -128,15 +128,20 @@ def _draw(
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     if what == "accuracy":
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0 if high - low > 0.04 else 1, symbol=" %"))
+    plain_frame(axes)
+    _label(axes, labels, low, high)
+    with atomic_file(path) as temporary:
+        figure.savefig(temporary, format="png", metadata={"Software": None})
+
+
+def plain_frame(axes: "Axes") -> None:
+    """A light grid, and the bottom line of the frame alone."""
     axes.tick_params(labelsize=11, colors=INK, length=0)
     axes.grid(color="#e4e4e4", linewidth=0.8)
     axes.set_axisbelow(True)
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
     axes.spines["bottom"].set_color("#b0b0b0")
-    _label(axes, labels, low, high)
-    with atomic_file(path) as temporary:
-        figure.savefig(temporary, format="png", metadata={"Software": None})
 
 
 def _limits(least: float, most: float, *, from_zero: bool) -> tuple[float, float]:
