@@ -25,8 +25,8 @@ from bertling.train import Trainer
 Say = Callable[[str], None]
 WARM_UP = 2
 """Steps before the first that counts; compiling falls into them."""
-EVALUATED_ROWS = 256, 4096
-"""Without and with a CUDA GPU, which has a few hundred done before they can be timed."""
+EVALUATED_ROWS, GPU_EVALUATED_ROWS = 256, 4096
+"""A CUDA GPU has a few hundred done before they can be timed."""
 SAVES_MORE = 1.05
 """Bytes of a checkpoint over those of its weights and the optimizer's state: the tokenizer, headers."""
 MOST_EPOCHS = 4.0
@@ -114,7 +114,7 @@ def plan(start: Start, say: Say, *, probe_steps: int = 20) -> Plan:
     # By the mean: a slow step now and then is part of the run too.
     step = statistics.mean(counted)
     getting_ready += max(0.0, sum(seconds[:WARM_UP]) - WARM_UP * step)
-    rows = min(EVALUATED_ROWS[runtime.device.type == "cuda"], data.val.rows)
+    rows = min(GPU_EVALUATED_ROWS if runtime.device.type == "cuda" else EVALUATED_ROWS, data.val.rows)
     some = replace(data.val, rows=rows)
     if runtime.device.type != "cpu":
         evaluate_masked_lm(model, some, data.tokenizer, runtime)  # the first one loads what computes it
