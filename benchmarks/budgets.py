@@ -62,7 +62,7 @@ def main() -> None:
     axes.set_ylim(0, 1.12 * axes.dataLim.y1)
     axes.set_xticks(TICKS, [str(tick) for tick in TICKS])
     axes.minorticks_off()
-    axes.set_xlabel("minutes of pre-training on two cores, everything counted", color=INK)
+    axes.set_xlabel("minutes of pre-training on two cores", color=INK)
     axes.set_ylabel("masked words right, %", color=INK)
     plain_frame(axes)
     with atomic_file(options.output) as temporary:

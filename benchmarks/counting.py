@@ -88,14 +88,14 @@ def fitting_places(train: Samples, tokenizer: Tokenizer, every: int) -> Places:
         generator=torch.Generator().manual_seed(EVAL_MASKS.seed),
         mlm_probability=EVAL_MASKS.mlm_probability,
     )
-    return scored_places(masked.input_ids, masked.positions, masked.labels, tokenizer.mask_id)
+    return scored_places(masked.input_ids, masked.wanted, masked.labels, tokenizer.mask_id)
 
 
 def validation_places(val: Samples, tokenizer: Tokenizer) -> Iterator[Places]:
     """The scored places of the validation set, as every evaluation draws them."""
     for batch in evaluation_batches(val, tokenizer, batch_size=EVAL_BATCH, **EVAL_MASKS._asdict()):
-        assert batch.positions is not None
-        yield scored_places(batch.input_ids, batch.positions, batch.labels, tokenizer.mask_id)
+        assert batch.wanted is not None
+        yield scored_places(batch.input_ids, batch.wanted, batch.labels, tokenizer.mask_id)
 
 
 class CountingModel:

@@ -54,23 +54,19 @@ def targets(some: Sequence[Batch]) -> list[list[tuple[int, int]]]:
     """(column, label) of the scored places, row by row."""
     found = []
     for batch in some:
-        assert batch.positions is not None
+        assert batch.wanted is not None
         rows, seq_len = batch.input_ids.shape
         for row in range(rows):
             slots = slice(row * len(batch.labels) // rows, (row + 1) * len(batch.labels) // rows)
-            pairs = zip((batch.positions[slots] - row * seq_len).tolist(), batch.labels[slots].tolist(), strict=True)
+            pairs = zip((batch.wanted[slots] - row * seq_len).tolist(), batch.labels[slots].tolist(), strict=True)
             found.append([(place, label) for place, label in pairs if label != IGNORED])
     return found
 
 
 def same(a: Batch, b: Batch) -> bool:
-    assert a.positions is not None
-    assert b.positions is not None
-    return (
-        torch.equal(a.input_ids, b.input_ids)
-        and torch.equal(a.positions, b.positions)
-        and torch.equal(a.labels, b.labels)
-    )
+    assert a.wanted is not None
+    assert b.wanted is not None
+    return torch.equal(a.input_ids, b.input_ids) and torch.equal(a.wanted, b.wanted) and torch.equal(a.labels, b.labels)
 
 
 def test_any_step_equals_the_same_step_in_order(tmp_path: Path) -> None:
@@ -94,9 +90,9 @@ def test_each_epoch_holds_every_row_once_in_its_own_order(tmp_path: Path) -> Non
     assert len({tuple(order) for order in taken.tolist()}) == 4
     batch = train.batch(6)  # reaches over the end of the first epoch
     restored = batch.input_ids.clone()
-    assert batch.positions is not None
+    assert batch.wanted is not None
     used = batch.labels != IGNORED
-    restored.view(-1)[batch.positions[used]] = batch.labels[used]
+    restored.view(-1)[batch.wanted[used]] = batch.labels[used]
     expected = np.concatenate([s.fetch(part) for s, part in train.rows(6)])
     assert (restored.numpy() == expected).all()
 
@@ -145,9 +141,9 @@ def test_shares_make_up_the_batch(tmp_path: Path, kind: str, world_size: int, mi
     real = [row for row in found if row[1]]
     assert real == [row for row in zip(whole.input_ids.tolist(), targets([whole]), strict=True) if row[1]]
     for batch in parts:
-        assert batch.positions is not None
-        assert batch.positions.max() < batch.input_ids.numel()
-        assert batch.positions.min() >= 0
+        assert batch.wanted is not None
+        assert batch.wanted.max() < batch.input_ids.numel()
+        assert batch.wanted.min() >= 0
         assert batch.count == int((batch.labels != IGNORED).sum())
 
 
@@ -185,8 +181,8 @@ def test_evaluation_masks_do_not_depend_on_the_batch_size(tmp_path: Path, rows: 
 def digest(some: Iterable[Batch]) -> str:
     found = hashlib.sha256()
     for batch in some:
-        assert batch.positions is not None
-        for tensor in (batch.input_ids, batch.positions, batch.labels):
+        assert batch.wanted is not None
+        for tensor in (batch.input_ids, batch.wanted, batch.labels):
             found.update(tensor.numpy().astype("<i8").tobytes())
     return found.hexdigest()
 

@@ -81,8 +81,8 @@ class Inputs:
             self.segments = torch.randint(config.type_vocab_size, (rows, length), generator=generator)
         asked = (torch.rand(rows, length, generator=generator) < 0.4) & self.mask.bool()
         asked[0, 0] = True
-        self.positions = asked.flatten().nonzero().squeeze(1)
-        self.answers = self.ids.flatten()[self.positions]
+        self.wanted = asked.flatten().nonzero().squeeze(1)
+        self.answers = self.ids.flatten()[self.wanted]
         self.labels = torch.arange(rows) % config.num_labels
 
     def stock(self) -> dict[str, Tensor]:
@@ -93,16 +93,16 @@ class Inputs:
 def our_loss(model: BertEncoder, inputs: Inputs) -> Tensor:
     if isinstance(model, BertForMaskedLM):
         loss: Tensor = model(
-            inputs.ids, inputs.mask, inputs.segments, wanted=inputs.positions, labels=inputs.answers
+            inputs.ids, inputs.mask, inputs.segments, wanted=inputs.wanted, labels=inputs.answers
         ).loss_sum
-        return loss / len(inputs.positions)
+        return loss / len(inputs.wanted)
     return F.cross_entropy(model(inputs.ids, inputs.mask, inputs.segments), inputs.labels)
 
 
 def stock_loss(model: BertEncoder, logits: Tensor, inputs: Inputs) -> Tensor:
     """From the logits: the stock class itself would round them to fp32 first."""
     if isinstance(model, BertForMaskedLM):
-        return F.cross_entropy(logits.flatten(0, 1)[inputs.positions], inputs.answers)
+        return F.cross_entropy(logits.flatten(0, 1)[inputs.wanted], inputs.answers)
     return F.cross_entropy(logits, inputs.labels)
 
 

@@ -78,7 +78,7 @@ def test_an_evaluation_is_that_of_all_rows_together(
     assert val.rows > 2 * tasks.EVAL_BATCH
     whole = next(evaluation_batches(val, tiny_tokenizer, batch_size=val.rows, mlm_probability=0.15, seed=0))
     with torch.inference_mode():
-        logits = model.eval()(whole.input_ids, whole.attention_mask, wanted=whole.positions)
+        logits = model.eval()(whole.input_ids, whole.attention_mask, wanted=whole.wanted)
     used = whole.labels != -100
     found = evaluate_masked_lm(model, val, tiny_tokenizer, FP32)
     assert found["eval/scored"] == whole.count == int(used.sum())

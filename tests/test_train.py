@@ -102,7 +102,7 @@ def test_one_batch_is_learnt_by_heart(work: Path, tiny_tokenizer: Tokenizer, tmp
     batch = first[0][0]
     trainer.model.eval()
     with torch.inference_mode():
-        output = trainer.model(batch.input_ids, batch.attention_mask, wanted=batch.positions, labels=batch.labels)
+        output = trainer.model(batch.input_ids, batch.attention_mask, wanted=batch.wanted, labels=batch.labels)
     assert int(output.correct) == batch.count > 30
     assert float(output.loss_sum) / batch.count < 0.1
 
@@ -435,12 +435,12 @@ def test_words_are_masked_whole_where_that_is_asked(train_mlm: Train, monkeypatc
     loss = MaskedLMTask.loss
 
     def seen(self: MaskedLMTask, model: BertForMaskedLM, batch: Batch) -> torch.Tensor:
-        assert batch.positions is not None
+        assert batch.wanted is not None
         used = batch.labels >= 0
         original = batch.input_ids.flatten().clone()
-        original[batch.positions[used]] = batch.labels[used]
+        original[batch.wanted[used]] = batch.labels[used]
         hidden = torch.zeros(len(original), dtype=torch.bool)
-        hidden[batch.positions[used]] = True
+        hidden[batch.wanted[used]] = True
         masked.append((original, hidden))
         return loss(self, model, batch)
 

@@ -31,8 +31,8 @@ class Batch:
     """Long [B, T]."""
     attention_mask: Tensor | None
     """Bool [B, T], false at padding; None where there is none."""
-    positions: Tensor | None
-    """Long [M]: flat indices of the scored places; None for classification."""
+    wanted: Tensor | None
+    """Long [M]: flat indices of the scored places, which the model takes as `wanted`; None for classification."""
     labels: Tensor
     """Long [M], -100 in unused slots; or [B] classes."""
     count: int
@@ -57,7 +57,7 @@ class Batch:
             self,
             input_ids=move(self.input_ids),
             attention_mask=None if self.attention_mask is None else move(self.attention_mask),
-            positions=None if self.positions is None else move(self.positions),
+            wanted=None if self.wanted is None else move(self.wanted),
             labels=move(self.labels),
         )
 
@@ -290,12 +290,11 @@ def _join(parts: list[Masked]) -> Masked:
         return parts[0]
     starts = accumulate((part.input_ids.numel() for part in parts), initial=0)
     shifted = [
-        (part.positions + start).masked_fill(part.labels == IGNORED, 0)
-        for part, start in zip(parts, starts, strict=False)
+        (part.wanted + start).masked_fill(part.labels == IGNORED, 0) for part, start in zip(parts, starts, strict=False)
     ]
     return Masked(
         input_ids=torch.cat([part.input_ids for part in parts]),
-        positions=torch.cat(shifted),
+        wanted=torch.cat(shifted),
         labels=torch.cat([part.labels for part in parts]),
         count=sum(part.count for part in parts),
     )
@@ -304,7 +303,7 @@ def _join(parts: list[Masked]) -> Masked:
 def _slice(masked: Masked, start: int, stop: int, size: int) -> Masked:
     """Rows start..stop as `size` rows; what is missing is filled with copies of a row, with nothing scored."""
     rows, seq_len = masked.input_ids.shape
-    slots = len(masked.positions) // rows
+    slots = len(masked.wanted) // rows
     stop = max(start, stop)
     fill = size - (stop - start)
     source = torch.arange(start, start + size)
@@ -313,10 +312,10 @@ def _slice(masked: Masked, start: int, stop: int, size: int) -> Masked:
     labels = masked.labels.view(rows, slots)[source]
     labels[stop - start :] = IGNORED
     shift = (source - torch.arange(size)) * seq_len
-    positions = (masked.positions.view(rows, slots)[source] - shift[:, None]).masked_fill(labels == IGNORED, 0)
+    positions = (masked.wanted.view(rows, slots)[source] - shift[:, None]).masked_fill(labels == IGNORED, 0)
     return Masked(
         input_ids=masked.input_ids[source],
-        positions=positions.reshape(-1),
+        wanted=positions.reshape(-1),
         labels=labels.reshape(-1),
         count=int((labels != IGNORED).sum()),
     )
@@ -325,11 +324,11 @@ def _slice(masked: Masked, start: int, stop: int, size: int) -> Masked:
 def _as_batch(masked: Masked, pad_id: int) -> Batch:
     real = masked.input_ids != pad_id
     # A foreign file with static masks may have drawn [PAD] at random: a scored place is no padding.
-    real.view(-1)[masked.positions] = True
+    real.view(-1)[masked.wanted] = True
     return Batch(
         input_ids=masked.input_ids,
         attention_mask=None if bool(real.all()) else real,
-        positions=masked.positions,
+        wanted=masked.wanted,
         labels=masked.labels,
         count=masked.count,
     )

@@ -1,7 +1,7 @@
 """Masking for masked language modelling as a pure function: ids and a generator in, corrupted ids and targets out.
 
 Shapes: B batch, T tokens, S slots a row (a constant for given T and probability), M = B * S, V vocabulary.
-Recipe: BERT (Devlin et al. 2018, section 3.1), with an exact number of masked places in each row.
+Recipe: BERT (Devlin et al. 2019, section 3.1), with an exact number of masked places in each row.
 """
 
 from collections.abc import Sequence
@@ -26,8 +26,8 @@ class Masked:
 
     input_ids: Tensor
     """Long [B, T]."""
-    positions: Tensor
-    """Long [M]: flat indices into B * T, the slots of a row side by side; 0 in an unused slot."""
+    wanted: Tensor
+    """Long [M]: flat indices into B * T, the model's `wanted`, the slots of a row side by side; 0 in an unused slot."""
     labels: Tensor
     """Long [M]: the original id, -100 in an unused slot."""
     count: int
@@ -79,7 +79,7 @@ def mask_tokens(
     corrupted.view(-1)[positions] = torch.where(used, replaced, original)
     return Masked(
         input_ids=corrupted,
-        positions=positions.masked_fill(~used, 0).reshape(-1),
+        wanted=positions.masked_fill(~used, 0).reshape(-1),
         labels=original.masked_fill(~used, IGNORED).reshape(-1),
         count=int(used.sum()),
     )
@@ -121,7 +121,7 @@ def static_masks(input_ids: Tensor, labels: Tensor, *, slots: int | None = None)
     positions = columns + torch.arange(0, batch * seq_len, seq_len)[:, None]
     return Masked(
         input_ids=input_ids,
-        positions=positions.masked_fill(~used, 0).reshape(-1),
+        wanted=positions.masked_fill(~used, 0).reshape(-1),
         labels=labels.gather(1, columns).reshape(-1),
         count=int(counts.sum()),
     )

@@ -65,7 +65,9 @@ def build_optimizers(
 class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024) with Nesterov's momentum, for matrices alone; multiplies in `dtype`, bf16 or fp32.
 
-    What torch.optim.Muon does in bf16 only, in fewer and larger products (docs/experiments.md).
+    A gradient pulls a matrix mostly in the few directions that many tokens share. Muon brings all its singular values
+    to one size, so that a step turns the matrix in the rare directions by as much as in the common ones.
+    torch.optim.Muon does it in bf16 only; here it takes fewer and larger products (docs/experiments.md).
     """
 
     def __init__(

@@ -319,7 +319,7 @@ def _masked(blocks: Iterator[Ids], layout: Layout, split: str, tally: Tally) -> 
         )
         labels = np.full(rows.shape, IGNORED, dtype=np.int64)
         used = (masked.labels != IGNORED).numpy()
-        labels.reshape(-1)[masked.positions.numpy()[used]] = masked.labels.numpy()[used]
+        labels.reshape(-1)[masked.wanted.numpy()[used]] = masked.labels.numpy()[used]
         yield masked.input_ids.numpy(), labels
 
 

@@ -65,7 +65,7 @@ class Task(Protocol):
 
 
 class MaskedLMTask:
-    """Find the tokens behind the masks (Devlin et al. 2018)."""
+    """Find the tokens behind the masks (Devlin et al. 2019)."""
 
     def __init__(
         self,
@@ -107,9 +107,7 @@ class MaskedLMTask:
         return odd_data(self.train, self.tokenizer)
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        loss: Tensor = model(
-            batch.input_ids, batch.attention_mask, wanted=batch.positions, labels=batch.labels
-        ).loss_sum
+        loss: Tensor = model(batch.input_ids, batch.attention_mask, wanted=batch.wanted, labels=batch.labels).loss_sum
         return loss
 
     def evaluate(self, model: nn.Module, runtime: Runtime, ranks: Ranks) -> dict[str, float]:
@@ -125,18 +123,18 @@ class MaskedLMTask:
             world_size=self.val.rows,
         )
         batch = next(examples)
-        assert batch.positions is not None
+        assert batch.wanted is not None
         model.eval()
         with torch.inference_mode(), runtime.autocast():
             on_device = batch.to(runtime.device)
             logits: Tensor = model.forward(
-                on_device.input_ids, on_device.attention_mask, wanted=on_device.positions
+                on_device.input_ids, on_device.attention_mask, wanted=on_device.wanted
             )  # [M, V]
         model.train()
         used = batch.labels != -100
         return illustrate(
             self.tokenizer.tokens(batch.input_ids[0].tolist()),
-            batch.positions[used].tolist(),
+            batch.wanted[used].tolist(),
             self.tokenizer.tokens(logits.argmax(-1).cpu()[used].tolist()),
             self.tokenizer.tokens(batch.labels[used].tolist()),
         )
@@ -152,9 +150,9 @@ def odd_data(train: MaskedBatches, tokenizer: Tokenizer, looked_at: int = 2048) 
     ordinary = ~np.isin(rows, [tokenizer.pad_id, tokenizer.cls_id, tokenizer.sep_id])
     repeats = 1 - len(np.unique(rows, axis=0)) / len(rows)
     unknown = (rows == tokenizer.unk_id).sum() / max(ordinary.sum(), 1)
-    assert batch.positions is not None
+    assert batch.wanted is not None
     scored = batch.labels != IGNORED
-    shown = batch.input_ids.flatten()[batch.positions[scored]] == batch.labels[scored]
+    shown = batch.input_ids.flatten()[batch.wanted[scored]] == batch.labels[scored]
     masked = int(scored.sum()) / max(int((batch.input_ids != tokenizer.pad_id).sum()), 1)
     odd = []
     if repeats > 0.2:
@@ -201,7 +199,7 @@ def evaluate_masked_lm(
         with torch.inference_mode(), runtime.autocast():
             # forward, not the call: an evaluation is over before compiling it would have paid.
             output = model.forward(
-                on_device.input_ids, on_device.attention_mask, wanted=on_device.positions, labels=on_device.labels
+                on_device.input_ids, on_device.attention_mask, wanted=on_device.wanted, labels=on_device.labels
             )
         totals += torch.tensor([output.loss_sum.item(), output.correct.item(), batch.count], dtype=torch.float64)
     model.train()

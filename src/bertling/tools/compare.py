@@ -119,7 +119,7 @@ def right_tokens(loaded: Loaded, samples: Samples, runtime: Runtime) -> tuple[np
     for batch in evaluation_batches(samples, loaded.tokenizer, batch_size=rows, **EVAL_MASKS._asdict()):
         on_device = batch.to(runtime.device)
         with torch.inference_mode(), runtime.autocast():
-            logits = loaded.model(on_device.input_ids, on_device.attention_mask, wanted=on_device.positions)
+            logits = loaded.model(on_device.input_ids, on_device.attention_mask, wanted=on_device.wanted)
         found = logits.argmax(-1).cpu() == batch.labels
         right.append(found.view(len(batch.input_ids), -1))
         asked.append((batch.labels != -100).view(len(batch.input_ids), -1).sum(1))

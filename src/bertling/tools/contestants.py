@@ -211,8 +211,8 @@ class Stock:
         """One optimizer step over the whole batch at once."""
         batch = self.batches.batch(self.count)
         self.count += 1
-        assert batch.positions is not None
-        labels = torch.full((batch.input_ids.numel(),), -100).index_put((batch.positions,), batch.labels)
+        assert batch.wanted is not None
+        labels = torch.full((batch.input_ids.numel(),), -100).index_put((batch.wanted,), batch.labels)
         input_ids, labels = batch.input_ids.to(self.device), labels.view_as(batch.input_ids).to(self.device)
         with self.autocast:
             loss = self.model(input_ids=input_ids, labels=labels).loss

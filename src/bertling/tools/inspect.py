@@ -132,9 +132,9 @@ def inspect(
 
 def _scored(batch: Batch) -> Places:
     """Which places of the batch are scored, bool [n, T]."""
-    assert batch.positions is not None
+    assert batch.wanted is not None
     places = np.zeros(batch.input_ids.shape, dtype=bool)
-    places.reshape(-1)[batch.positions[batch.labels != IGNORED].numpy()] = True
+    places.reshape(-1)[batch.wanted[batch.labels != IGNORED].numpy()] = True
     return places
 
 
