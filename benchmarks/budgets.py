@@ -58,7 +58,7 @@ def main() -> None:
         name, percent = floor.split("=")
         axes.axhline(float(percent), color=GREY, linewidth=1.2, linestyle=(0, (5, 3)), zorder=1)
         at = (TICKS[0], float(percent))
-        axes.annotate(f"{name} {percent} %", at, (4, 4), textcoords="offset points", color=GREY)
+        axes.annotate(f"{name} {percent} %", at, (4, -14), textcoords="offset points", color=GREY)
     axes.set_ylim(0, 1.12 * axes.dataLim.y1)
     axes.set_xticks(TICKS, [str(tick) for tick in TICKS])
     axes.minorticks_off()
