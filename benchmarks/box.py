@@ -83,7 +83,8 @@ On two cores without a GPU.
 
 24,920 articles of the English Wikipedia of 2015 (text by its authors, CC BY-SA 3.0), titles of sections and
 sub-sections in WikiText's form (` = = Title = = `, ` = = = Title = = = `), none of the articles among WikiText-103's
-validation articles; the weights are given under the same licence. The classifier learned from SST-2 (Socher et al. 2013, in GLUE's form), phrases of film reviews.
+validation articles; the weights are given under the same licence. The classifier learned from SST-2 (Socher et al.
+2013, in GLUE's form), phrases of film reviews.
 
 ## Limits
 
