@@ -101,6 +101,19 @@ def test_a_long_text_is_counted_in_parts_spread_over_it(monkeypatch: pytest.Monk
     assert (np.concatenate(list(cooccurrence.chunks([samples]))) == samples.fetch(first_and_last)).all()
 
 
+def test_of_many_small_sets_every_row_is_counted() -> None:
+    sets = [samples_of([[CLS, 5 + number, 6 + number, SEP]]) for number in range(9)]
+    assert [rows.tolist() for rows in cooccurrence.chunks(sets)] == [s.fetch(np.arange(1)).tolist() for s in sets]
+
+
+def test_sets_are_counted_as_if_one_stood_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    samples, _ = two_kinds()
+    monkeypatch.setattr(cooccurrence, "CHUNK_ROWS", 150)
+    monkeypatch.setattr(cooccurrence, "MOST_CHUNKS", 2)
+    rows = np.concatenate(list(cooccurrence.chunks([samples, samples])))  # of 800 rows the first 150, and the last 50
+    assert (rows == samples.fetch(np.r_[np.arange(150), np.arange(350, 400)])).all()
+
+
 def test_a_text_without_neighbours_gives_zeros() -> None:
     samples = samples_of([[CLS, 5, SEP]])
     assert not word_vectors([samples], counts_of(samples, 8), SPECIAL, 4, seed=0).any()

@@ -284,6 +284,18 @@ def test_a_launch_refuses_a_name_that_is_taken(
     assert "taken: exists already; go on with it by --cp" in capsys.readouterr().err
 
 
+def test_a_launch_of_several_seeds_looks_at_the_names_that_they_get(
+    work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (work / "runs" / "taken" / "checkpoints" / "step-0000000").mkdir(parents=True)
+    monkeypatch.setattr(distributed, "launch", lambda settings, words: 0)
+    texts = ["--train-input", str(work / "train.tsv"), "--val-input", str(work / "dev.tsv"), "--from-scratch"]
+    words = ["finetune", "--base-dir", str(work), "--run-id", "taken", "--seeds", "2", "--ddp", *texts]
+    monkeypatch.setattr(sys, "argv", ["bertling", *words])
+    with pytest.raises(SystemExit, match="0"):
+        cli.main()
+
+
 def test_a_launch_resumes_the_run_that_was_found(
     work: Path, train_mlm: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,11 +1,13 @@
 """Fine-tuning through the command: formats of labelled texts, SST-2's files, seeds, floors, what is written."""
 
+import contextlib
 import csv
 import json
 import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pyarrow
 import pyarrow.parquet
@@ -121,7 +123,9 @@ def test_seeds_have_a_run_each_and_one_result(world: World, tmp_path: Path) -> N
 
 
 def test_seeds_go_on_where_they_were_stopped(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    inputs = ["--train-input", world.train, "--val-input", world.dev, "--cp", world.mlm]
+    origin = tmp_path / "elsewhere" / "runs" / "mlm"
+    shutil.copytree(world.mlm, origin, symlinks=True)
+    inputs = ["--train-input", world.train, "--val-input", world.dev, "--cp", origin]
     words = [*inputs, "--seeds", 3, "--seed", 5, "--save-every", 2]
     whole = finetune(world, tmp_path, *words, "--run-id", "whole", steps=6).answer
     batches, calls = ClassificationTask.micro_batches, [0]
@@ -137,11 +141,48 @@ def test_seeds_go_on_where_they_were_stopped(world: World, tmp_path: Path, monke
         stopped = finetune(world, tmp_path, *words, "--run-id", "stopped", steps=6)
     assert stopped.status == 3
     assert [one["finished"] for one in json.loads(stopped.out)["seeds"]] == [True, False]
+    shutil.rmtree(origin)  # as a pre-training that goes on deletes the checkpoint that the third seed starts from
     resumed = bertling("finetune", "--resume", "--base-dir", tmp_path, "--json").answer
     assert [Path(one["run"]).name for one in resumed["seeds"]] == [f"stopped-seed{seed}" for seed in (5, 6, 7)]
     assert resumed["accuracy"] == whole["accuracy"]
     for key in ("loss", "confusion", "best_step", "finished", "step"):
         assert [one[key] for one in resumed["seeds"]] == [one[key] for one in whole["seeds"]], key
+    assert not list((tmp_path / "runs").glob("*/origin"))
+
+
+def test_a_stop_at_the_very_end_of_a_seed_ends_all(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["--train-input", world.train, "--val-input", world.dev, "--cp", world.mlm, "--seeds", 2]
+    evaluate = ClassificationTask.evaluate
+
+    def signal_at_the_end(self: ClassificationTask, *arguments: Any) -> dict[str, float]:
+        if (tmp_path / "runs" / "run0" / "checkpoints" / "step-0000000").exists():
+            signal.raise_signal(signal.SIGTERM)
+        return evaluate(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ClassificationTask, "evaluate", signal_at_the_end)
+        stopped = finetune(world, tmp_path, *words)
+    assert stopped.status == 3
+    assert [one["finished"] for one in json.loads(stopped.out)["seeds"]] == [True]
+    resumed = bertling("finetune", "--resume", "--base-dir", tmp_path, "--json").answer
+    assert [one["finished"] for one in resumed["seeds"]] == [True, True]
+
+
+def test_a_run_finds_its_texts_from_another_folder(world: World, tmp_path: Path) -> None:
+    for path in (world.train, world.dev):
+        shutil.copy(path, tmp_path)
+    words = ["--train-input", "train.tsv", "--val-input", "dev.tsv"]
+    with contextlib.chdir(tmp_path):
+        assert finetune(world, Path(), "--cp", world.mlm, *words).status == 0
+    (tmp_path / "below").mkdir()
+    with contextlib.chdir(tmp_path / "below"):
+        longer = ["finetune", "--cp", "../runs/run0", "--max-iters", 4, "--json"]
+        assert "train.tsv: no such file" in bertling(*longer).error
+        moved = ["--train-input", "../train.tsv", "--val-input", "../dev.tsv"]
+        assert bertling(*longer, *moved).answer["seeds"][0]["step"] == 4
+        assert "was trained on train.tsv of 40 rows" in bertling(*longer[:-3], "--max-iters", 6, *moved[:1], "../dev.tsv", *moved[2:]).error
 
 
 @pytest.mark.parametrize("killed", ["between seeds", "as the next began", "before the sums"])

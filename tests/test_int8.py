@@ -12,6 +12,7 @@ from bertling.int8 import (
     RoundedLinear,
     columns_to_int8,
     round_weights,
+    rows_that_fit,
     to_int8,
     use_int8,
 )
@@ -150,6 +151,10 @@ def test_a_single_row_and_sums_that_might_overflow_are_not_rounded() -> None:
         exact, rounded = twins(width, height)
         x = normal(3, width)
         torch.testing.assert_close(rounded(x), exact(x), rtol=0, atol=0)
+
+
+def test_rows_that_fit_are_as_many_as_do() -> None:
+    assert 128 * rows_that_fit(128) < LONGEST_SUM <= 128 * (rows_that_fit(128) + 1)
 
 
 def test_the_output_has_the_format_that_autocast_asks_for() -> None:

@@ -14,12 +14,12 @@ from conftest import ASSETS, SEQ_LEN, TINY
 from safetensors.torch import load_file
 
 from bertling.batches import Batch
-from bertling.checkpoint import load_checkpoint
+from bertling.checkpoint import load_checkpoint, point
 from bertling.files import BertlingError
 from bertling.finetune import FinetuneResult
 from bertling.model import BertForSequenceClassification
 from bertling.prepare import prepare
-from bertling.runlog import RunLog
+from bertling.runlog import RunLog, read_metrics
 from bertling.runs import Outcome, Start, checkpoint_meant, new_folder, open_run, record, resolve_start
 from bertling.settings import Settings, read_ini
 from bertling.tasks import MaskedLMTask
@@ -292,6 +292,12 @@ def test_fewer_epochs_than_are_done_are_refused(train_mlm: Train) -> None:
         train_mlm(cp=run, epochs=0.1)
 
 
+def test_fewer_epochs_than_the_usual_ones_are_refused_too(train_classifier: Classify) -> None:
+    run = train_classifier(from_scratch=True).seeds[0].outcome.run
+    with pytest.raises(BertlingError, match=r"run0: is finished: it has done its epochs = 3; raise --epochs"):
+        resolve_start("finetune", [], {"epochs": 1.0}, cp=run, resume=False)
+
+
 def test_epochs_that_are_done_end_a_run(train_mlm: Train) -> None:
     run = train_mlm(epochs=0.5).run
     with pytest.raises(BertlingError, match=r"run0: is finished: it has done its epochs = 0\.5; raise --epochs"):
@@ -362,9 +368,10 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(train_mlm: Tra
 
 def test_a_run_without_readable_settings_takes_those_of_its_checkpoint(train_mlm: Train, stopped: Path) -> None:
     before = (stopped / "config.ini").read_text()
-    for harm in ("\0\xff", None):
+    lines = before.splitlines(keepends=True)
+    for harm in ("\0\xff", None, "", "".join(lines[:9]), before.replace("seed = 123", "seed = 7")):
         (stopped / "config.ini").unlink()
-        if harm:
+        if harm is not None:
             (stopped / "config.ini").write_text(harm)
         start = resolve_start("pretrain", [], {}, cp=stopped, resume=False)
         assert start.notes[-1].endswith(": restored from the checkpoint")
@@ -389,6 +396,30 @@ def test_a_checkpoint_named_from_inside_its_folder_is_the_one_that_is_meant(
     monkeypatch.chdir(stopped / "checkpoints")
     assert checkpoint_meant(Path(first.name), stopped)[0] == Path(first.name)
     assert checkpoint_meant(Path("best"), stopped)[0] == Path("best")
+
+
+def test_a_run_named_from_inside_its_folder_is_the_one_that_is_meant(
+    train_mlm: Train, stopped: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder, name in ((stopped, "."), (stopped / "checkpoints", "..")):
+        monkeypatch.chdir(folder)
+        assert resolve_start("pretrain", [], {}, cp=Path(name), resume=False).run == stopped
+
+
+def test_whoever_goes_back_and_is_killed_goes_on_from_there(train_mlm: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = train_mlm(max_iters=6, val_interval=1, max_checkpoints=9).run
+    checkpoints = run / "checkpoints"
+    point(checkpoints / "best", checkpoints / "step-0000004")
+    earlier = json.loads((checkpoints / "step-0000002" / "training_state.json").read_text())["best_step"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_step", lambda self, progress: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train_mlm(cp=checkpoints / "step-0000002", max_iters=8)
+    assert (checkpoints / "last").readlink().name == "step-0000002"
+    assert (checkpoints / "best").readlink().name == f"step-{earlier:07d}"
+    assert read_metrics(run)[-1]["step"] == 2
+    assert train_mlm(cp=run, max_iters=8).step == 8
+    assert [entry["step"] for entry in read_metrics(run) if "train/loss" in entry] == list(range(1, 9))
 
 
 def test_a_copy_whose_links_became_folders_goes_on(train_mlm: Train, stopped: Path) -> None:

@@ -259,10 +259,16 @@ def test_settings_come_back_from_their_own_file(tmp_path: Path, command: str, te
     assert resolve("pretrain", [write(tmp_path, Settings().to_ini())], {})[0] == Settings()
 
 
-@pytest.mark.parametrize("value", ["run # 3", "a\nb", "#3", "a\t#3"])
+@pytest.mark.parametrize("value", ["run # 3", "a\nb", "#3", "a\t#3", "caf\udce9"])
 def test_a_flag_that_a_settings_file_could_not_hold_is_refused(value: str) -> None:
     with pytest.raises(BertlingError, match=r"command line: case = \S+ ?.*: a value holds no line end, and no '#'"):
         parse_settings({"case": value})
+
+
+def test_every_one_of_several_seeds_is_within_the_limit() -> None:
+    assert Settings(seed=2**31 - 3, seeds=3).seeds == 3
+    with pytest.raises(BertlingError, match=r"seed = 2147483646: the last of 3 would be over 2147483647"):
+        Settings(seed=2**31 - 2, seeds=3)
 
 
 def test_flags_as_text_are_checked_like_a_file() -> None:

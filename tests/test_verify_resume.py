@@ -167,6 +167,13 @@ def test_a_resume_that_forgets_something_fails(work: Path, monkeypatch: pytest.M
     )
 
 
+def test_paths_stay_as_they_were_given(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    odd = work.parent / "a #b"  # no settings file could hold it
+    work.rename(odd)
+    monkeypatch.chdir(odd)
+    assert check(Path(), vocab=Path("vocab"), kills=1).passed
+
+
 def test_what_cannot_be_trained_is_said(work: Path) -> None:
     with pytest.raises(BertlingError, match=r"heads = 5 does not divide d-model"):
         check(work, d_model=256, heads=5)

@@ -5,6 +5,8 @@ from typing import NamedTuple
 
 from bertling.settings import Settings
 
+DEFAULT_EPOCHS = 3
+"""Of a fine-tuning that says nothing of how long it lasts."""
 EVALUATIONS = 10
 """How often a run is evaluated that says nothing about it."""
 
@@ -27,7 +29,7 @@ def total_steps(settings: Settings, steps_per_epoch: float) -> int | None:
         return min(limits)
     if settings.max_minutes is not None:
         return None
-    return 10_000 if settings.task_type == "mlm" else max(1, math.ceil(3 * steps_per_epoch))
+    return 10_000 if settings.task_type == "mlm" else max(1, math.ceil(DEFAULT_EPOCHS * steps_per_epoch))
 
 
 def moment(settings: Settings, total: int | None, step: int, seconds: float) -> Moment:

@@ -145,6 +145,18 @@ def point(link: Path, folder: Path) -> None:
         fsync_path(link.parent)
 
 
+def go_back_to(checkpoints: Path, step: int, best_step: int) -> None:
+    """Where a run goes on from before its last step, let `last` (and a `best` of later) forget what is given up.
+
+    Once the log ends there too, a process that is killed before its next checkpoint leaves both in agreement.
+    """
+    folder, best = (checkpoints / f"step-{number:07d}" for number in (step, best_step))
+    for name, target in (("best", best if best.is_dir() else folder), ("last", folder)):
+        link = checkpoints / name
+        if folder.is_dir() and link.is_symlink() and link.readlink().name > folder.name:
+            point(link, target)
+
+
 def step_folders(checkpoints: Path) -> list[Path]:
     """The step folders, oldest first."""
     return sorted(path for path in checkpoints.glob("step-*") if path.is_dir() and path.name[5:].isdigit())

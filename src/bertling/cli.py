@@ -24,7 +24,7 @@ from bertling.options import (
     start_options,
     training_options,
 )
-from bertling.settings import Settings, default_files, read_settings
+from bertling.settings import Settings, default_files, key_of, read_settings
 
 STOPPED = 3
 """Exit status of a training that was asked to stop, and saved."""
@@ -211,7 +211,7 @@ def finetune(
     result = run_finetune(start, say, from_scratch=from_scratch)
     answer(result.to_dict(), result.text(), as_json)
     draw(one.outcome.run for one in result.seeds if one.outcome.finished)
-    if not result.seeds[-1].outcome.finished:
+    if not result.finished:
         sys.exit(STOPPED)
 
 
@@ -226,8 +226,13 @@ def begin(command: str, configs: tuple[Path, ...], flags: dict[str, Any], cp: Pa
             say(f"note: {note}")
         if configs and start.run is not None:
             say(f"note: {configs[0]} was not read: a resumed run keeps the settings in its own config.ini")
-        if "nproc" in start.explicit and not start.settings.ddp:
-            say("note: nproc counts only together with ddp; this is a single process")
+        for name, other, used in (
+            ("nproc", "ddp; this is a single process", start.settings.ddp),
+            ("muon_learning_rate", "optimizer = muon", start.settings.optimizer == "muon"),
+            ("cooldown", "schedule = trapezoid", start.settings.schedule == "trapezoid"),
+        ):
+            if name in start.explicit and not used:
+                say(f"note: {key_of(name)} counts only together with {other}")
     return start
 
 
@@ -243,7 +248,7 @@ def launch_self(start: Any) -> None:
     from bertling.distributed import launch
     from bertling.runs import check_free
 
-    if start.run is None:
+    if start.run is None and start.settings.seeds == 1:  # of several seeds each run has a name of its own
         check_free(start.settings)
     words = sys.argv[1:]
     if "--resume" in words:  # all of them resume the run that was found here

@@ -79,15 +79,22 @@ def neighbour_tables(train: Sequence[Samples], counts: Ids, special_ids: Sequenc
 
 
 def chunks(train: Sequence[Samples]) -> Iterator[Ids]:
-    """Rows [n, T] before any masking, evenly spread over the sets."""
-    starts = [(samples, start) for samples in train for start in range(0, samples.rows, CHUNK_ROWS)]
+    """Rows [n, T] before any masking, evenly spread over the sets, as if these were one after the other."""
+    ends = np.cumsum([samples.rows for samples in train])
+    starts = range(0, int(ends[-1]), CHUNK_ROWS)
     chosen = np.linspace(0, len(starts) - 1, min(MOST_CHUNKS, len(starts))).round().astype(int)
+    spans = [(starts[place], min(starts[place] + CHUNK_ROWS, int(ends[-1]))) for place in chosen]
+    done, total = 0, sum(end - start for start, end in spans)
     with ByteProgress("counting neighbours") as progress:
-        for number, place in enumerate(chosen):
-            samples, start = starts[place]
-            rows = samples.fetch_originals(np.arange(start, min(start + CHUNK_ROWS, samples.rows)))
-            yield rows
-            progress((number + 1) * 2 * rows.size, len(chosen) * 2 * rows.size)
+        for start, end in spans:
+            for samples, last in zip(train, ends.tolist(), strict=True):
+                first = last - samples.rows  # of this set
+                places = np.arange(max(start, first), min(end, last)) - first
+                if len(places):
+                    rows = samples.fetch_originals(places)
+                    yield rows
+                    done += len(rows)
+                    progress(2 * done * rows.shape[1], 2 * total * rows.shape[1])
 
 
 def to_mutual_information(table: Tensor) -> None:

@@ -3,6 +3,7 @@
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 
 import torch
@@ -77,3 +78,12 @@ def floor_warning(
         f"learning-rate than {rate:g}"
     )
     return f"warning: loss {loss:.3f} is no better than the floor of {floor:.3f} (no context at all): {found}"
+
+
+def not_finite_again(what: str, rate_factor: float, report: Path, saved_step: int) -> str:
+    """One line on a run that ends because a lower rate did not help."""
+    return (
+        f"{what}, at {rate_factor:g} times the learning rate too; {report} holds what was seen, batch by batch; the "
+        f"checkpoint of step {saved_step:,} is whole: lower learning-rate (or muon-learning-rate), raise warmup-iters, "
+        "or look at these rows"
+    )

@@ -1,5 +1,7 @@
 """Fine-tuning a classifier from the settings on: labelled texts, model, run folders, one or several seeds."""
 
+import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,9 +11,9 @@ import torch
 
 from bertling import distributed
 from bertling.budget import total_steps
-from bertling.checkpoint import load_checkpoint
+from bertling.checkpoint import load_checkpoint, run_of
 from bertling.distributed import Ranks
-from bertling.files import BertlingError, read_json, write_json
+from bertling.files import BertlingError, atomic_folder, read_json, write_json
 from bertling.labelled import (
     SST2_NAMES,
     LabelledTexts,
@@ -74,6 +76,8 @@ class FinetuneResult:
     seeds: list[SeedResult]
     summary: SeedSummary
     floors: dict[str, float]
+    finished: bool = True
+    """Whether all that were asked for are trained to their end."""
 
     def to_dict(self) -> dict[str, Any]:
         """For --json and result.json. `accuracy` is that of the last step: the best one was picked on the dev set."""
@@ -139,18 +143,27 @@ def finetune(start: Start, say: Say, *, from_scratch: bool = False) -> FinetuneR
         for number in range(len(results), plan.seeds):
             one = replace(settings, seed=plan.first_seed + number, seeds=1, run_id=seed_run_id(plan, number))
             begin = replace(start, settings=one)
-            if start.run is not None and number >= len(plan.runs):  # a seed after the one that is resumed
-                origin = None if plan.checkpoint is None else Path(plan.checkpoint)
+            if number >= max(1, len(plan.runs)):  # a seed after the first one, or the one that is resumed
+                kept = origin_in(results[0].outcome.run)
+                origin = kept if kept.is_dir() else None if plan.checkpoint is None else Path(plan.checkpoint)
                 begin = Start(one, start.explicit, checkpoint=origin)
             earlier = tuple(seed.outcome.run.name for seed in results)
             results.append(train_seed(begin, replace(plan, runs=earlier), train, dev, floors, runtime, ranks, say))
             # A seed that was stopped early counts only where there is nothing else.
             counted = [seed for seed in results if seed.outcome.finished] or results
-            result = FinetuneResult(results, summarise_seeds([seed.scores["accuracy"] for seed in counted]), floors)
+            last = results[-1].outcome
+            result = FinetuneResult(
+                results,
+                summarise_seeds([seed.scores["accuracy"] for seed in counted]),
+                floors,
+                finished=last.finished and len(results) == plan.seeds,
+            )
             for seed in results if ranks.first else ():
                 write_json(seed.outcome.run / "result.json", result.to_dict())
-            if not results[-1].outcome.finished:
+            if last.stopped or not last.finished:
                 break
+        if result.finished and ranks.first:
+            shutil.rmtree(origin_in(results[0].outcome.run), ignore_errors=True)
         return result
     finally:
         distributed.leave()
@@ -249,10 +262,27 @@ def train_seed(
     with open_shared_run(replace(start, settings=settings), ranks) as run:
         say(f"run folder: {run}")
         if ranks.first and plan.seeds > 1:
+            if start.run is None and not plan.runs and start.checkpoint is not None and run_of(start.checkpoint):
+                keep_origin(start.checkpoint, origin_in(run))
             write_json(run / SEEDS_PLAN, vars(replace(plan, runs=(*plan.runs, run.name))))
         outcome = Trainer(task, model, tokenizer, settings, runtime, ranks, run, state=start.state).train()
     scores = evaluate_classifier(model, dev, task.dev_batches, runtime)
     return SeedResult(settings.seed, outcome, scores)
+
+
+def origin_in(run: Path) -> Path:
+    """Where the run of the first seed keeps the checkpoint that all seeds start from."""
+    return run / "origin"
+
+
+def keep_origin(checkpoint: Path, origin: Path) -> None:
+    """Keep a checkpoint of a run that may still train, and then delete it; by links, which take no space."""
+    with atomic_folder(origin, force=True) as folder:
+        for path in checkpoint.iterdir():
+            try:
+                os.link(path, folder / path.name)
+            except OSError:  # another disk, or one without links
+                shutil.copyfile(path, folder / path.name)
 
 
 def load_texts(settings: Settings) -> tuple[LabelledTexts, LabelledTexts]:

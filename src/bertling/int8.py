@@ -32,6 +32,11 @@ BAND = 16
 """Rows, at most, whose numbers a core's caches surely hold."""
 
 
+def rows_that_fit(seq_len: int) -> int:
+    """Rows of a micro-batch, at most, over whose tokens a sum surely fits: more would be multiplied as elsewhere."""
+    return (LONGEST_SUM - 1) // seq_len
+
+
 def use_int8(model: nn.Module, matrices: tuple[str, ...]) -> None:
     """Let the linear layers whose names begin like one of `matrices` train with products in int8.
 

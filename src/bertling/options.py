@@ -126,8 +126,8 @@ start_options = together(
     click.option(
         "--cp",
         type=PATH,
-        help="run, checkpoint or Hugging Face model folder: a run of the same command goes on; with a --run-id or "
-        "--base-dir that is not its own, or from any other folder, a new run starts from its weights",
+        help="run, checkpoint or Hugging Face model folder: a run of the same command goes on; with a --run-id that "
+        "is not its own (or is, under another --base-dir), or from any other folder, a new run starts from its weights",
     ),
     click.option("--resume", is_flag=True, help="go on with the newest unfinished run"),
 )

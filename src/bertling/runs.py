@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bertling.budget import DEFAULT_EPOCHS
 from bertling.checkpoint import (
     TrainingState,
     find_checkpoint,
@@ -21,15 +22,15 @@ from bertling.console import is_first
 from bertling.distributed import Ranks
 from bertling.files import BertlingError, atomic_write, locked, read_json, readable_errors, sweep, write_json
 from bertling.samples import match_samples
-from bertling.settings import COMMANDS, Settings, key_of, read_ini, resolve
+from bertling.settings import COMMANDS, Settings, key_of, parse_ini, read_ini, resolve
 
 SEEDS_PLAN = "seeds.json"
 """In a run that is one seed of several: which seeds there are to be, and the runs that are done."""
 # What a run is: a resumed one keeps it.
 FIXED = (
     "preset size d_model n_layers heads local_attention word_vectors dropout seq_len batch_size mlm_probability "
-    "optimizer seed whole_word_masking dataset_pattern val_dataset_pattern train_input val_input text_column "
-    "label_column schedule dtype seeds freeze_blocks"
+    "optimizer seed whole_word_masking dataset_pattern val_dataset_pattern text_column label_column schedule dtype "
+    "seeds freeze_blocks"
 ).split()
 
 BUSY = (
@@ -69,6 +70,8 @@ class Outcome:
     """Steps that were left out because their loss or gradient was not finite."""
     evaluated_step: int = 0
     """The one that the metrics belong to: the last, unless it was stopped in between."""
+    stopped: bool = False
+    """Whether it was asked to stop, if only at its very end: nothing is to follow."""
 
 
 def resolve_start(
@@ -93,7 +96,7 @@ def resolve_start(
     if not is_named(run, flags.get("run_id"), flags.get("base_dir")):
         note = (
             f"a new run, which takes over the weights of {run} and none of its settings; to go on with that run "
-            "itself, leave out --run-id and --base-dir"
+            "itself, leave out --run-id"
         )
         return Start(*resolve(command, files, flags), checkpoint=best_of(cp), notes=(note,))
     flags = flags_left(run, flags)
@@ -168,7 +171,7 @@ def run_meant(cp: Path) -> Path | None:
     inside = next((parent for parent in (path, path.parent) if parent.name == "checkpoints"), None)
     run = inside.parent if inside else path
     if (run / "run.json").is_file() and (run / "checkpoints").is_dir():
-        return cp if run == path else run
+        return cp if run == path and cp.name not in ("", "..") else run  # '.' has no name and no parent of its own
     return run_of(find_checkpoint(cp, "last"))
 
 
@@ -196,13 +199,20 @@ def is_finished(run: Path) -> bool:
 
 
 def mend_record(run: Path, state: TrainingState) -> list[str]:
-    """Take the settings out of the checkpoint where the run's own file cannot be read; says so."""
+    """Take the settings out of the checkpoint where the run's own file cannot be read, lacks some, or tells of another
+    run; says so."""
+    path, text = run / "config.ini", str(state.numbers.get("settings"))
+    saved = parse_ini(text.encode(), path)
     try:
-        read_ini(run / "config.ini")
+        found = read_ini(path)
+        wrong = [name for name in saved if name not in found or (name in FIXED and found[name] != saved[name])]
+        fault = f"{path}: {key_of(wrong[0])} is not as the run has it" if wrong else None
     except BertlingError as error:
-        atomic_write(run / "config.ini", str(state.numbers.get("settings")))
-        return [f"{error}: restored from the checkpoint"]
-    return []
+        fault = str(error)
+    if fault is None:
+        return []
+    atomic_write(path, text)
+    return [f"{fault}: restored from the checkpoint"]
 
 
 def data_paths(start: Start) -> tuple[list[Path], list[Path]]:
@@ -253,8 +263,10 @@ def check_longer(
             )
     limits = [(getattr(before, name), value) for name, value in reached.items()]
     ended_by_them = any(limit is not None and limit <= value for limit, value in limits)
-    if settings.epochs is not None and settings.epochs <= (before.epochs or 0) and not ended_by_them:
-        raise BertlingError(f"{run}: is finished: it has done its epochs = {before.epochs:g}; raise --epochs")
+    unlimited = before.max_iters is None and before.max_minutes is None and before.task_type != "mlm"
+    epochs = before.epochs or (DEFAULT_EPOCHS if unlimited else 0)
+    if settings.epochs is not None and settings.epochs <= epochs and not ended_by_them:
+        raise BertlingError(f"{run}: is finished: it has done its epochs = {epochs:g}; raise --epochs")
 
 
 @contextmanager

@@ -6,6 +6,7 @@ A value comes from the defaults, then `config.ini`, then `local_config.ini`, the
 import configparser
 import dataclasses
 import difflib
+import itertools
 import re
 import types
 import typing
@@ -82,7 +83,7 @@ class Settings:
     )
 
     # data
-    seq_len: int = setting(128, "tokens in a row, [CLS] and [SEP] among them", minimum=4, maximum=8192)
+    seq_len: int = setting(128, "tokens in a row, [CLS] and [SEP] among them", minimum=4, maximum=2**17)
     vocab: Path | None = setting(
         None,
         "vocabulary, a folder or vocab.txt; unset: <base-dir>/vocab, or the one that the data carry",
@@ -181,15 +182,10 @@ class Settings:
     def __post_init__(self) -> None:
         if self.d_model is not None and self.heads is not None and self.d_model % self.heads:
             raise BertlingError(f"heads = {self.heads} does not divide d-model = {self.d_model}: choose heads that do")
-        if self.min_learning_rate is not None and self.min_learning_rate > self.learning_rate:
-            raise BertlingError(
-                f"min-learning-rate = {self.min_learning_rate} is over learning-rate = {self.learning_rate}: lower it"
-            )
-        for low, high in (
-            ("warmup_iters", "max_iters"),
-            ("lr_decay_iters", "max_iters"),
-            ("warmup_iters", "lr_decay_iters"),
-        ):
+        lowest, highest = self.min_learning_rate, self.learning_rate
+        if lowest is not None and lowest > highest:
+            raise BertlingError(f"min-learning-rate = {lowest} is over learning-rate = {highest}: lower it")
+        for low, high in itertools.combinations(("warmup_iters", "lr_decay_iters", "max_iters"), 2):
             a, b = getattr(self, low), getattr(self, high)
             if a is not None and b is not None and a > b:
                 raise BertlingError(
@@ -201,13 +197,13 @@ class Settings:
                 "warmup-iters and lr-decay-iters count steps, but max-minutes ends this run: give max-iters "
                 "too, or leave them out"
             )
-        every = r"[1-9]\d{0,8}|(?=.*[1-9])\d{1,5}(\.\d{1,4})?m"
-        if self.save_every is not None and not re.fullmatch(every, self.save_every):
-            raise BertlingError(
-                f"save-every = {self.save_every:.40}: must be a number of steps (500) or of minutes (10m)"
-            )
+        every, form = self.save_every, r"[1-9]\d{0,8}|(?=.*[1-9])\d{1,5}(\.\d{1,4})?m"
+        if every is not None and not re.fullmatch(form, every):
+            raise BertlingError(f"save-every = {every:.40}: must be a number of steps (500) or of minutes (10m)")
         if (self.train_input is None) != (self.val_input is None):
             raise BertlingError("train-input and val-input go together: give both or neither")
+        if self.seed + self.seeds > 2**31:
+            raise BertlingError(f"seed = {self.seed}: the last of {self.seeds} would be over {2**31 - 1}: lower it")
         if self.run_id is not None and (self.run_id in {"", ".", ".."} or "/" in self.run_id or "\\" in self.run_id):
             raise BertlingError(f"run-id = {self.run_id}: a plain folder name, please")
 
@@ -286,9 +282,10 @@ def parse_value(item: dataclasses.Field[Any], text: str, where: str) -> Any:
     """Turn an INI value or a flag's text into the field's type, within its limits."""
     kind, choices = accepted(item)
     name, text = f"{where}: {key_of(item.name)} = {' '.join(text.split())}", text.strip()
-    if "\n" in text or re.search(r"(^|\s)#", text):
-        # The run's config.ini could not give it back.
-        raise BertlingError(f"{name}: a value holds no line end, and no '#' at its beginning or after a space")
+    if "\n" in text or re.search(r"(^|\s)#|[\ud800-\udfff]", text):  # the run's config.ini could not give it back
+        raise BertlingError(
+            f"{name}: a value holds no line end, and no '#' at its beginning or after a space; in UTF-8"
+        )
     if choices:
         if text.lower() not in choices:
             near = difflib.get_close_matches(text.lower(), choices, n=1)
@@ -329,7 +326,11 @@ def parse_number(item: dataclasses.Field[Any], kind: type, text: str, name: str)
 def read_ini(path: Path) -> dict[str, Any]:
     """The settings that an INI file gives, by field name. Section headers are allowed and mean nothing."""
     with readable_errors(path):
-        raw = path.read_bytes()
+        return parse_ini(path.read_bytes(), path)
+
+
+def parse_ini(raw: bytes, path: Path) -> dict[str, Any]:
+    """The same of its bytes; `path` is for what there is to complain about."""
     parser = configparser.ConfigParser(
         interpolation=None,
         inline_comment_prefixes=("#",),

@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,12 @@ from torch import Tensor
 from bertling import optim
 from bertling.batches import Batch
 from bertling.budget import Moment, due, moment, needs_clock, total_steps
-from bertling.checkpoint import TrainingState, load_checkpoint, load_state, newest_intact, save_checkpoint
+from bertling.checkpoint import TrainingState, go_back_to, load_checkpoint, load_state, newest_intact, save_checkpoint
 from bertling.distributed import Ranks
-from bertling.faults import floor_warning, is_out_of_memory, stays_on_the_floor, stop_requests
+from bertling.faults import floor_warning, is_out_of_memory, not_finite_again, stays_on_the_floor, stop_requests
 from bertling.files import BertlingError, is_of_disk, skipped_where_disk_fails, write_json
 from bertling.illustrate import to_svg
-from bertling.int8 import use_int8
+from bertling.int8 import rows_that_fit, use_int8
 from bertling.model import BertEncoder
 from bertling.runlog import RunLog
 from bertling.runs import Outcome, record
@@ -60,7 +61,8 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype == torch.float16)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         share = -(-settings.batch_size // ranks.world_size)
-        self.micro_batch_size = min(share, settings.micro_batch_size or share)
+        limit = rows_that_fit(settings.seq_len) if runtime.int8 else share
+        self.micro_batch_size = min(share, settings.micro_batch_size or share, limit)
         self.step, self.seconds, self.examples_shown = 0, 0.0, 0
         self.started = time.perf_counter()  # as if it had been one go: `train` moves it back by earlier seconds
         self.drawn: dict[tuple[int, int], tuple[list[Batch], int]] = {}
@@ -82,6 +84,7 @@ class Trainer:
         with stop_requests() as stop, self.open_log() as log:
             if self.ranks.first:  # not before: a training that could not be set up leaves the run as it was
                 record(self.run, self.settings, finished=False)
+                go_back_to(self.run / "checkpoints", self.step, self.best_step)
             self.started = time.perf_counter() - self.seconds
             if self.evaluated_step < 0:
                 self.evaluate(log, 0.0)
@@ -104,7 +107,7 @@ class Trainer:
                     self.evaluate(log, now.progress)
                 if (save or self.best_step == self.step) and self.saved_step != self.step:
                     self.save(log)
-            return self.finish(log, done=now.progress >= 1.0)
+            return self.finish(log, stop, done=now.progress >= 1.0)
 
     def clock(self) -> float:
         """Seconds of training so far, those before a resume among them; evaluations and checkpoints count."""
@@ -213,11 +216,7 @@ class Trainer:
                 write_json(report, {"seed": self.settings.seed, "steps": self.bad_steps})
         what = f"no finite loss and gradient in steps {self.bad_steps[0]['step']:,} to {self.bad_steps[-1]['step']:,}"
         if self.rate_factor < 1.0:
-            raise BertlingError(
-                f"{self.run}: {what}, at {self.rate_factor:g} times the learning rate too; {report} holds what was "
-                f"seen, batch by batch; the checkpoint of step {self.saved_step:,} is whole: lower learning-rate (or "
-                "muon-learning-rate), raise warmup-iters, or look at these rows"
-            )
+            raise BertlingError(f"{self.run}: {not_finite_again(what, self.rate_factor, report, self.saved_step)}")
         checkpoint, _ = newest_intact(self.run / "checkpoints")
         state = load_state(checkpoint)
         assert state is not None  # its manifest names it
@@ -373,7 +372,7 @@ class Trainer:
             enabled=self.ranks.first,
         )
 
-    def finish(self, log: RunLog, *, done: bool) -> Outcome:
+    def finish(self, log: RunLog, stop: Callable[[], bool], *, done: bool) -> Outcome:
         """Evaluate (unless stopped), save, and say how it went."""
         unsaved = self.saved_step != self.step
         if done and self.evaluated_step != self.step:
@@ -395,6 +394,5 @@ class Trainer:
             record(self.run, self.settings, finished=done)
             if not done:
                 log.line(f"stopped at step {self.step:,}, and saved; go on with --cp {self.run}")
-        return Outcome(
-            self.run, self.step, self.clock(), self.metrics, *best, done, self.skipped_steps, self.evaluated_step
-        )
+        told = self.metrics, *best, done, self.skipped_steps, self.evaluated_step
+        return Outcome(self.run, self.step, self.clock(), *told, stopped=self.ranks.any(stop()))

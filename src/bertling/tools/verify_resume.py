@@ -82,7 +82,7 @@ def verify_resume(
     work folder, which is removed unless the runs differ.
     """
     with readable_errors(settings.base_dir):
-        folder = Path(tempfile.mkdtemp(prefix="verify-resume-", dir=settings.base_dir))
+        folder = settings.base_dir / Path(tempfile.mkdtemp(prefix="verify-resume-", dir=settings.base_dir)).name
     keep = False
     try:
         for name in ("vocab", "datasets"):
@@ -110,17 +110,10 @@ def command_line(
     settings: Settings, explicit: frozenset[str], folder: Path, steps: int, cp: Path | None, from_scratch: bool
 ) -> list[str]:
     """The command that trains so many steps with these settings in `folder`."""
-
-    def absolute(path: Path | None) -> Path | None:
-        return None if path is None else path.absolute()
-
     changes: dict[str, Any] = {
         "task_type": settings.task_type,
         "base_dir": folder,
         "run_id": None,
-        "vocab": absolute(settings.vocab),
-        "train_input": absolute(settings.train_input),
-        "val_input": absolute(settings.val_input),
         "max_iters": steps,
         "max_minutes": None,
         "epochs": None,
@@ -134,7 +127,7 @@ def command_line(
     atomic_write(folder / "config.ini", replace(settings, **changes).to_ini(explicit | changes.keys()))
     words = ["-m", "bertling", COMMANDS[settings.task_type], "-c", str(folder / "config.ini")]
     if cp is not None:
-        words += ["--cp", str(cp.absolute())]
+        words += ["--cp", str(cp)]
     return [sys.executable, *words, *(["--from-scratch"] if from_scratch else [])]
 
 
