@@ -353,3 +353,17 @@ def test_odd_streams_are_no_fault_of_the_program(world: World) -> None:
     narrow = bertling("fill", "--cp", world.mlm, "caf\u20ac [MASK]", encoding="latin-1")
     assert narrow.status == 0, narrow.err
     assert narrow.out.startswith("caf\\u20ac [MASK]")
+
+
+def test_settings_that_say_nothing_beside_the_others_are_named(world: World, tmp_path: Path) -> None:
+    (tmp_path / "datasets").symlink_to(world.data)
+    idle = ["--nproc", 2, "--muon-learning-rate", 0.01, "--cooldown", 0.3]
+    said = bertling("pretrain", *SMALL, "--base-dir", tmp_path, "--max-iters", 1, *idle).err
+    for note in (
+        "nproc counts only together with ddp",
+        "muon-learning-rate counts only together with optimizer = muon",
+    ):
+        assert f"note: {note}" in said
+    assert "note: cooldown counts only together with schedule = trapezoid" in said
+    used = ["--optimizer", "muon", "--muon-learning-rate", 0.01, "--schedule", "trapezoid", "--cooldown", 0.3]
+    assert "counts only" not in bertling("pretrain", *SMALL, "--base-dir", tmp_path, "--max-iters", 1, *used).err

@@ -182,7 +182,8 @@ def test_a_run_finds_its_texts_from_another_folder(world: World, tmp_path: Path)
         assert "train.tsv: no such file" in bertling(*longer).error
         moved = ["--train-input", "../train.tsv", "--val-input", "../dev.tsv"]
         assert bertling(*longer, *moved).answer["seeds"][0]["step"] == 4
-        assert "was trained on train.tsv of 40 rows" in bertling(*longer[:-3], "--max-iters", 6, *moved[:1], "../dev.tsv", *moved[2:]).error
+        other = ["--train-input", "../dev.tsv", *moved[2:]]
+        assert "was trained on train.tsv of 40 rows" in bertling(*longer[:3], "--max-iters", 6, *other).error
 
 
 @pytest.mark.parametrize("killed", ["between seeds", "as the next began", "before the sums"])
