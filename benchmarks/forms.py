@@ -7,6 +7,7 @@ range. Batches of 32 sentences of similar length, all cores. Exports into a temp
 """
 
 import argparse
+import os
 import statistics
 import tempfile
 import time
@@ -14,7 +15,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 import torch
 from torch import Tensor
 
@@ -42,6 +42,9 @@ def torch_form(model: BertForSequenceClassification, dtype: torch.dtype) -> Form
 
 def onnx_form(path: Path, threads: int) -> Form:
     """An exported file."""
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    import onnxruntime
+
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])

@@ -15,6 +15,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from commands import SMALL, TEXT, VOCAB, World, bertling, listing, make_world
+from safetensors.torch import load_file, save_file
 
 from bertling.files import UNFINISHED
 
@@ -496,3 +497,36 @@ def test_in_a_process_of_its_own(here: Path) -> None:
     assert done.stdout == ""
     assert done.stderr == "error: none.txt: no such file or folder: check the path\n"
     assert list(here.iterdir()) == []
+
+
+def test_weights_that_are_not_finite_are_refused(world: World, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree((world.classifier / "checkpoints" / "best").resolve(), broken)
+    (broken / "manifest.json").unlink()
+    weights = load_file(broken / "model.safetensors")
+    name = min(weights)
+    weights[name].view(-1)[0] = float("nan")
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    assert "holds values that are not finite; use another" in bertling("classify", "--cp", broken, "good").error
+
+
+def test_a_text_in_another_script_cannot_be_scored(world: World, tmp_path: Path) -> None:
+    text = tmp_path / "greek.txt"
+    text.write_text("\n\n".join(["\u03b1\u03b2\u03b3 \u03b4\u03b5\u03b6 " * 40] * 30))
+    made = bertling(
+        "prepare", "-i", text, "-l", "g", "-o", tmp_path / "datasets", "-m", 16, "-v", VOCAB, "--workers", 1
+    )
+    assert made.status == 0, made.err
+    data = tmp_path / "datasets" / "val_g_16_123"
+    for words in (
+        ["evaluate", "--cp", world.mlm],
+        ["compare", world.mlm, world.mlm],
+        ["pretrain", "--base-dir", tmp_path],
+    ):
+        given = [] if words[0] == "pretrain" else ["--data", data]
+        assert "none of its tokens can be scored" in bertling(*words, *given, *(SMALL if not given else [])).error
+
+
+@pytest.mark.parametrize("flag", [["--max-iters", 10**400], ["--max-minutes", "1e308"], ["--batch-size", 10**11]])
+def test_numbers_that_no_machine_could_serve_are_refused(flag: list[object], world: World) -> None:
+    assert "must be at most" in bertling("pretrain", "--base-dir", world.base, *flag).error

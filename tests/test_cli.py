@@ -3,7 +3,9 @@
 import errno
 import json
 import os
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +15,7 @@ import pytest
 from commands import SMALL, TEXT, VOCAB, World, bertling, listing, make_world
 
 from bertling import cli, runtime
+from bertling.console import unbroken
 from bertling.files import BertlingError
 from bertling.options import GROUPS
 
@@ -367,3 +370,53 @@ def test_settings_that_say_nothing_beside_the_others_are_named(world: World, tmp
     assert "note: cooldown counts only together with schedule = trapezoid" in said
     used = ["--optimizer", "muon", "--muon-learning-rate", 0.01, "--schedule", "trapezoid", "--cooldown", 0.3]
     assert "counts only" not in bertling("pretrain", *SMALL, "--base-dir", tmp_path, "--max-iters", 1, *used).err
+
+
+def test_an_answer_that_nobody_takes_is_no_fault(world: World) -> None:
+    words = [sys.executable, "-m", "bertling", "evaluate", "--cp", world.classifier, "--data", world.dev]
+    done = subprocess.run(f"{shlex.join(map(str, words))} >&-", shell=True, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_an_answer_does_not_depend_on_what_a_cluster_sets(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = ["evaluate", "--cp", world.classifier, "--data", world.dev, "--json"]
+    alone = bertling(*asked).answer
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert bertling(*asked).answer == alone
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    assert "WORLD_SIZE: must be whole numbers" in bertling("pretrain", *SMALL, "--base-dir", world.base).error
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-8"])
+def test_json_is_json_in_every_encoding(world: World, encoding: str) -> None:
+    said = bertling("classify", "--cp", world.classifier, "good \U0001f600", "--json", encoding=encoding)
+    assert said.answer["text"] == "good \U0001f600"
+
+
+def test_a_summary_of_a_checkpoint_takes_no_other_shape(world: World) -> None:
+    assert "leave them out" in bertling("summary", "--cp", world.mlm, "--preset", "bert").error
+    assert bertling("summary", "--cp", world.mlm).status == 0
+
+
+def test_a_path_that_a_shell_did_not_know_is_missed(tmp_path: Path) -> None:
+    assert "a path is missing" in bertling("vocab", "-i", TEXT, "-o", "", "--size", 100, cwd=tmp_path).error
+    assert not list(tmp_path.iterdir())
+
+
+def test_ctrl_c_waits_while_libraries_load() -> None:
+    heard = False
+    try:
+        with unbroken():
+            signal.raise_signal(signal.SIGINT)
+            heard = True
+        pytest.fail("it never came")
+    except KeyboardInterrupt:
+        assert heard
+
+
+def test_no_host_no_launch(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    words = ["pretrain", *SMALL, "--base-dir", world.base, "--ddp", "--dist-master-addr", "no host"]
+    assert "dist-master-addr = no host: no such host" in bertling(*words).error

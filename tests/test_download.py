@@ -332,3 +332,25 @@ def test_offline_it_says_what_to_place_where(tmp_path: Path) -> None:
     assert "could not be reached" in line
     assert "place these files by hand: wikitext-103-raw-v1/*.parquet of Salesforce/wikitext in wikitext-103" in line
     assert "Traceback" not in ended.err
+
+
+@pytest.mark.parametrize("said", [b"<html>log in first</html>", b"[1, 2]", b"{}"])
+def test_whoever_answers_in_the_place_of_the_hub_is_no_hub(said: bytes, tmp_path: Path) -> None:
+    class Portal(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(said)))
+            self.end_headers()
+            self.wfile.write(said)
+
+        def log_message(self, *words: object) -> None:
+            """In silence."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Portal)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        ended = download(f"http://127.0.0.1:{server.server_port}", tmp_path, "sst2")
+    finally:
+        server.shutdown()
+    assert ended.status == 2
+    assert "could not be reached or broke off" in ended.err.splitlines()[-1]

@@ -2,9 +2,11 @@
 
 import functools
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -236,3 +238,18 @@ def test_the_lines_on_a_card_run_and_name_the_class(
     label = package.load(folder).classify("a warm and funny film .")[0]["label"]
     exec(code, {})
     assert label in capsys.readouterr().out
+
+
+def test_onnxruntime_is_told_to_keep_to_itself_before_it_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("ORT_DISABLE_TELEMETRY", raising=False)
+
+    def need(*libraries: str) -> None:
+        assert "onnxruntime" in libraries
+        assert os.environ["ORT_DISABLE_TELEMETRY"] == "1"
+        raise RuntimeError("far enough")
+
+    monkeypatch.setattr(module, "need", need)
+    with pytest.raises(RuntimeError, match="far enough"):
+        module.write_onnx(tmp_path, mock.Mock(), int8=False)

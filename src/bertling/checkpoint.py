@@ -240,6 +240,9 @@ def load_checkpoint(
         )
     except BertlingError as error:
         raise BertlingError(f"{folder}: {error}") from None
+    for name, weight in model.state_dict().items():
+        if not weight.isfinite().all():
+            raise BertlingError(f"{folder}: {name} holds values that are not finite; use another checkpoint")
     size = int(config["vocab_size"])
     if tokenizer.vocab_size > size:
         raise BertlingError(

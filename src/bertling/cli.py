@@ -12,7 +12,7 @@ from typing import Any, TextIO, cast
 import click
 
 from bertling.cli_use import USE_COMMANDS
-from bertling.console import LARGE_PAGES, Lasting, answer, clean_end, explain, forget, is_first, is_rank, say
+from bertling.console import LARGE_PAGES, Lasting, answer, clean_end, explain, forget, is_first, is_rank, say, unbroken
 from bertling.files import BertlingError
 from bertling.options import (
     PATH,
@@ -60,7 +60,7 @@ def quickstart(folder: Path, minutes: float, steps: int | None, megabytes: float
 @cli.command()
 @input_options
 @click.option("-o", "--output", type=PATH, required=True, help="folder for the vocabulary")
-@click.option("--size", type=click.IntRange(64, 1_000_000), default=8192, show_default=True, help="entries")
+@click.option("--size", type=click.IntRange(8, 1_000_000), default=8192, show_default=True, help="entries")
 @click.option("--cased", is_flag=True, help="keep upper case and accents")
 @force_option("a vocabulary that is there")
 @json_option
@@ -151,23 +151,24 @@ def pretrain(context: click.Context, configs: tuple[Path, ...], cp: Path | None,
         load_start(start, lambda text: None)
         launch_self(start)
     outcome = run_pretrain(start, say)
-    answer(
-        {
-            **outcome.metrics,
-            "run": str(outcome.run),
-            "step": outcome.step,
-            "evaluated_step": outcome.evaluated_step,
-            "seconds": outcome.seconds,
-            "finished": outcome.finished,
-            "best_accuracy": outcome.best_accuracy if outcome.best_step else None,
-            "best_step": outcome.best_step,
-            "skipped_steps": outcome.skipped_steps,
-        },
-        f"{outcome.run}: step {outcome.step:,}, {outcome.seconds / 60:.1f} minutes, validation accuracy "
-        f"{outcome.metrics.get('eval/accuracy', 0.0):.1%}, loss {outcome.metrics.get('eval/loss', 0.0):.3f}"
-        + ("" if outcome.evaluated_step == outcome.step else f" at step {outcome.evaluated_step:,}"),
-        as_json,
-    )
+    if is_first():
+        answer(
+            {
+                **outcome.metrics,
+                "run": str(outcome.run),
+                "step": outcome.step,
+                "evaluated_step": outcome.evaluated_step,
+                "seconds": outcome.seconds,
+                "finished": outcome.finished,
+                "best_accuracy": outcome.best_accuracy if outcome.best_step else None,
+                "best_step": outcome.best_step,
+                "skipped_steps": outcome.skipped_steps,
+            },
+            f"{outcome.run}: step {outcome.step:,}, {outcome.seconds / 60:.1f} minutes, validation accuracy "
+            f"{outcome.metrics.get('eval/accuracy', 0.0):.1%}, loss {outcome.metrics.get('eval/loss', 0.0):.3f}"
+            + ("" if outcome.evaluated_step == outcome.step else f" at step {outcome.evaluated_step:,}"),
+            as_json,
+        )
     draw([outcome.run] if outcome.finished else [])
     if not outcome.finished:
         sys.exit(STOPPED)
@@ -209,7 +210,8 @@ def finetune(
         check_start(start, from_scratch=from_scratch)
         launch_self(start)
     result = run_finetune(start, say, from_scratch=from_scratch)
-    answer(result.to_dict(), result.text(), as_json)
+    if is_first():
+        answer(result.to_dict(), result.text(), as_json)
     draw(one.outcome.run for one in result.seeds if one.outcome.finished)
     if not result.finished:
         sys.exit(STOPPED)
@@ -218,7 +220,8 @@ def finetune(
 def begin(command: str, configs: tuple[Path, ...], flags: dict[str, Any], cp: Path | None, resume: bool) -> Any:
     """Resolve the settings."""
     os.environ.setdefault(*LARGE_PAGES)
-    from bertling.runs import resolve_start
+    with unbroken():
+        from bertling.runs import resolve_start
 
     start = resolve_start(command, list(configs) or default_files(Path()), flags, cp=cp, resume=resume)
     if is_first() and not wants_launch(start.settings):
@@ -319,6 +322,7 @@ for command in USE_COMMANDS:
 def main() -> None:
     """Run the command line, and end the process of a rank at once: gloo's threads now and then abort a normal end."""
     status: Any = 0
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # closed by whoever started it
     told = cast(TextIO, Lasting(sys.stderr or open(os.devnull, "w")))
     try:
         with contextlib.redirect_stderr(told):

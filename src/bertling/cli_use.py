@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import click
+from click.core import ParameterSource
 
-from bertling.console import answer, say
+from bertling.console import answer, say, unbroken
 from bertling.options import (
     PATH,
     ask_options,
@@ -61,8 +62,9 @@ def compare(
 
 def open_model(cp: Path | None, device: str, dtype: str, task: Literal["fill", "classify"] = "fill") -> Any:
     """The model to ask; without --cp, the one in the box."""
-    from bertling.inference import BOX, load
-    from bertling.runtime import build_runtime
+    with unbroken():
+        from bertling.inference import BOX, load
+        from bertling.runtime import build_runtime
 
     if cp is None:
         say(f"model: the one that comes with bertling ({BOX / 'README.md'}); --cp takes your own")
@@ -125,8 +127,12 @@ def note_truncated(one: Any, what: str, as_json: bool) -> None:
 @click.option("--size", default="mini", show_default=True, help="mini, small or base")
 @click.option("--vocab-size", type=click.IntRange(8), default=8192, show_default=True)
 @json_option
-def summary(cp: Path | None, preset: str, size: str, vocab_size: int, as_json: bool) -> None:
+@click.pass_context
+def summary(context: click.Context, cp: Path | None, preset: str, size: str, vocab_size: int, as_json: bool) -> None:
     """Draw the anatomy of a model: every module, its shape, its parameters."""
+    named = {context.get_parameter_source(name) for name in ("preset", "size", "vocab_size")}
+    if cp is not None and ParameterSource.COMMANDLINE in named:
+        raise click.UsageError("--cp: that model has its own preset, size and vocab-size: leave them out")
     from bertling.tools.anatomy import anatomy
 
     result = anatomy(cp, preset, size, vocab_size)

@@ -1,5 +1,6 @@
 """What a command says: answers on standard output, all else on standard error, and every error as one line."""
 
+import codecs
 import contextlib
 import io
 import json
@@ -45,11 +46,12 @@ def near(path: Path) -> str:
 
 
 def answer(value: Any, text: str, as_json: bool) -> None:
-    """The answer of a command, on standard output; of several processes the first one gives it."""
-    if is_first():
-        if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal may lack a character, and still gets an answer
-            sys.stdout.reconfigure(errors="backslashreplace")
-        click.echo(json.dumps(value, ensure_ascii=False) if as_json else text)
+    """The answer of a command, on standard output."""
+    plain = False
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal may lack a character, and still gets an answer
+        sys.stdout.reconfigure(errors="backslashreplace")
+        plain = codecs.lookup(sys.stdout.encoding).name != "utf-8"
+    click.echo(json.dumps(value, ensure_ascii=plain) if as_json else text)
 
 
 def is_first() -> bool:
@@ -60,6 +62,16 @@ def is_first() -> bool:
 def is_rank() -> bool:
     """Whether torchrun started this process as one of several."""
     return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+@contextlib.contextmanager
+def unbroken() -> Iterator[None]:
+    """Within this context Ctrl-C waits: large libraries that are interrupted while they load do not mend."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def explain(error: Exception) -> str | None:

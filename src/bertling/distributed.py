@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import socket
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -98,8 +99,11 @@ def join(settings: Settings) -> Ranks:
         return Ranks()
     if is_rank():
         watch_launcher()
-    local_rank, world_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ["WORLD_SIZE"])
-    local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    try:
+        local_rank, world_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ["WORLD_SIZE"])
+        local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    except ValueError:
+        raise BertlingError("RANK, WORLD_SIZE: must be whole numbers, as a launcher sets them; or unset both") from None
     check_processes(settings, world_size, local_processes)
     on_gpu = wants_gpu(settings)
     try:
@@ -174,6 +178,10 @@ def launch(settings: Settings, arguments: Sequence[str]) -> int:
         options += [f"--master-addr={settings.dist_master_addr}", f"--master-port={settings.dist_master_port or 29500}"]
     else:
         options += ["--standalone"]
+    try:
+        socket.getaddrinfo(settings.dist_master_addr, None)
+    except (OSError, UnicodeError):
+        raise BertlingError(f"dist-master-addr = {settings.dist_master_addr}: no such host; name one") from None
     # torchrun warns about threads unless told; each process sets its own count of them.
     os.environ.setdefault("OMP_NUM_THREADS", str(settings.threads or 1))
     os.environ[LAUNCHER] = str(os.getpid())

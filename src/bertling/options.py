@@ -10,7 +10,18 @@ import click
 from bertling.settings import ALIASES, Settings, accepted, as_text, concerns, key_of, parse_value
 
 F = TypeVar("F", bound=Callable[..., Any])
-PATH = click.Path(path_type=Path)
+
+
+class FilledPath(click.Path):
+    """A path; an empty one is a variable that a shell did not know, and would be the folder here."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value == "":
+            self.fail("a path is missing", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+PATH = FilledPath(path_type=Path)
 
 # The heading of each group of settings, and the first one in it, in the order of `Settings`.
 GROUPS = {

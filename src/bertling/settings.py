@@ -108,16 +108,16 @@ class Settings:
     label_column: str | None = setting(None, "column of the labels; unset: recognised by its name", only="finetune")
 
     # how long
-    batch_size: int = setting(64, "rows per optimizer step, over all processes together", finetune=32, minimum=1)
+    batch_size: int = setting(64, "rows per step, over all processes together", finetune=32, minimum=1, maximum=2**20)
     micro_batch_size: int | None = setting(
         None, "rows per forward pass of a process; unset: its whole share", minimum=1
     )
     max_iters: int | None = setting(
-        None, "optimizer steps; unset: 10,000, or as long as max-minutes or epochs last", minimum=1
+        None, "optimizer steps; unset: 10,000, or as long as max-minutes or epochs last", minimum=1, maximum=10**9
     )
-    max_minutes: float | None = setting(None, "wall-clock budget of the training in minutes", above=0)
+    max_minutes: float | None = setting(None, "wall-clock budget of the training in minutes", above=0, maximum=10**7)
     epochs: float | None = setting(
-        None, "passes over the data, one set each; unset: 3 when fine-tuning without max-iters or max-minutes", above=0
+        None, "passes over the data, one set each; unset: 3 in fine-tuning without other limits", above=0, maximum=10**6
     )
 
     # how fast it learns
@@ -282,7 +282,7 @@ def parse_value(item: dataclasses.Field[Any], text: str, where: str) -> Any:
     """Turn an INI value or a flag's text into the field's type, within its limits."""
     kind, choices = accepted(item)
     name, text = f"{where}: {key_of(item.name)} = {' '.join(text.split())}", text.strip()
-    if "\n" in text or re.search(r"(^|\s)#|[\ud800-\udfff]", text):  # the run's config.ini could not give it back
+    if "\n" in text or re.search(r"(^|\s)#|[\0\ud800-\udfff]", text):  # the run's config.ini could not give it back
         raise BertlingError(
             f"{name}: a value holds no line end, and no '#' at its beginning or after a space; in UTF-8"
         )

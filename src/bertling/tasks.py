@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from bertling import batches, labelled
 from bertling.batches import Batch, MaskedBatches
 from bertling.distributed import Ranks
+from bertling.files import BertlingError
 from bertling.illustrate import Illustration, illustrate
 from bertling.labelled import LabelledBatches, LabelledTexts, PlacedBatch
 from bertling.packed import IGNORED
@@ -111,7 +112,9 @@ class MaskedLMTask:
         return loss
 
     def evaluate(self, model: nn.Module, runtime: Runtime, ranks: Ranks) -> dict[str, float]:
-        return evaluate_masked_lm(model, self.val, self.tokenizer, runtime, ranks)
+        metrics = evaluate_masked_lm(model, self.val, self.tokenizer, runtime, ranks)
+        check_scored(self.val, metrics["eval/scored"])
+        return metrics
 
     def illustrate(self, model: nn.Module, runtime: Runtime, turn: int) -> Illustration:
         examples = batches.evaluation_batches(
@@ -205,6 +208,15 @@ def evaluate_masked_lm(
     model.train()
     loss, correct, count = ranks.sum(totals).tolist()
     return {"eval/loss": loss / max(count, 1), "eval/accuracy": correct / max(count, 1), "eval/scored": count}
+
+
+def check_scored(samples: Samples, count: float) -> None:
+    """Refuse data in which no token could be masked and scored."""
+    if not count:
+        raise BertlingError(
+            f"{samples.path}: none of its tokens can be scored: all are [UNK], or its masks are missing; prepare it "
+            "again, with a vocabulary made from such text"
+        )
 
 
 class ClassificationTask:

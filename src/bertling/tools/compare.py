@@ -16,7 +16,7 @@ from bertling.model import BertForMaskedLM
 from bertling.runtime import Runtime, build_runtime
 from bertling.samples import Samples
 from bertling.settings import parse_settings
-from bertling.tasks import EVAL_MASKS, class_logits, classifier_batches, evaluation_rows
+from bertling.tasks import EVAL_MASKS, check_scored, class_logits, classifier_batches, evaluation_rows
 from bertling.tools.evaluate import load_for, samples_for, texts_for, trained_seq_len
 
 Counts = npt.NDArray[np.int64]
@@ -123,6 +123,7 @@ def right_tokens(loaded: Loaded, samples: Samples, runtime: Runtime) -> tuple[np
         found = logits.argmax(-1).cpu() == batch.labels
         right.append(found.view(len(batch.input_ids), -1))
         asked.append((batch.labels != -100).view(len(batch.input_ids), -1).sum(1))
+    check_scored(samples, int(torch.cat(asked).sum()))
     return torch.cat(right)[: samples.rows].numpy(), torch.cat(asked)[: samples.rows].numpy()
 
 

@@ -130,7 +130,9 @@ def download(name: str, output: Path | None, say: Say) -> Download:
         if isinstance(error, OSError) and (error.filename or is_disk_full(error)):  # no connection has a file's name
             with readable_errors(Path(error.filename or f"{folder}, or the hub's cache (HF_HOME)")):
                 raise
-        if not isinstance(error, OSError) and type(error).__module__.partition(".")[0] not in NETWORK:
+        # Who answers in the place of a hub, as a captive portal does, makes its library stumble over anything.
+        odd = not isinstance(error, BertlingError) and isinstance(error, ValueError | TypeError | LookupError)
+        if not isinstance(error, OSError) and not odd and type(error).__module__.partition(".")[0] not in NETWORK:
             raise
         raise BertlingError(
             f"{repo}: {endpoint()} could not be reached or broke off ({type(error).__name__}); run the same command "

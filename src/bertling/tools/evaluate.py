@@ -14,7 +14,14 @@ from bertling.runtime import Runtime, build_runtime
 from bertling.samples import Samples, open_samples
 from bertling.settings import Settings, parse_settings, read_ini
 from bertling.tables import TABLES, table_ending
-from bertling.tasks import EVAL_MASKS, classifier_batches, evaluate_classifier, evaluate_masked_lm, mlm_floors
+from bertling.tasks import (
+    EVAL_MASKS,
+    check_scored,
+    classifier_batches,
+    evaluate_classifier,
+    evaluate_masked_lm,
+    mlm_floors,
+)
 
 
 @dataclass(frozen=True)
@@ -95,6 +102,7 @@ def score_masked_lm(loaded: Loaded, data: Path, runtime: Runtime) -> Evaluation:
     """Loss and accuracy with frozen masks; the floors come from the counts of the same data."""
     samples = samples_for(loaded, data)
     figures = evaluate_masked_lm(loaded.model, samples, loaded.tokenizer, runtime)
+    check_scored(samples, figures["eval/scored"])
     floors = mlm_floors([samples], samples, loaded.tokenizer)
     masks = (
         "masks as stored in the file"

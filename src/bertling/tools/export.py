@@ -3,6 +3,7 @@
 import contextlib
 import io
 import logging
+import os
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -182,6 +183,7 @@ class Scores(nn.Module):
 
 def write_onnx(folder: Path, loaded: Loaded, *, int8: bool) -> dict[str, float]:
     """Write model.onnx (and model_int8.onnx); batch and length are free. Compares both with the original."""
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # onnxruntime reads it when it is loaded, or tells its maker
     need("onnxscript", "onnxruntime")
     name = OUTPUTS[head_of(loaded.model)]
     input_ids, mask = batch_of(loaded)
