@@ -7,6 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -348,6 +349,16 @@ def test_settings_that_cannot_hold_together_leave_no_run_behind(train_mlm: Train
     with pytest.raises(BertlingError, match="heads = 5 does not divide d-model = 256"):
         train_mlm(d_model=None, heads=5)
     assert not (work / "runs").exists()
+
+
+def test_a_new_run_that_ends_before_its_first_checkpoint_leaves_no_folder(
+    train_mlm: Train, work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for error in (BertlingError("no log"), KeyboardInterrupt()):
+        monkeypatch.setattr(Trainer, "open_log", mock.Mock(side_effect=error))
+        with pytest.raises(type(error)):
+            train_mlm(max_iters=2)
+    assert not list((work / "runs").iterdir())
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(train_mlm: Train, stopped: Path) -> None:

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from bertling.checkpoint import step_folders
 from bertling.files import BertlingError
 from bertling.runs import Outcome, record
-from bertling.settings import Settings
+from bertling.settings import Settings, read_ini
 from bertling.tasks import MaskedLMTask
 from bertling.tools import verify_resume as tool
 from bertling.tools.verify_resume import verify_resume
@@ -171,7 +171,10 @@ def test_paths_stay_as_they_were_given(work: Path, monkeypatch: pytest.MonkeyPat
     odd = work.parent / "a #b"  # no settings file could hold it
     work.rename(odd)
     monkeypatch.chdir(odd)
-    assert check(Path(), vocab=Path("vocab"), kills=1).passed
+    settings = Settings(**{**TINY, "vocab": Path("vocab")})
+    words = tool.command_line(settings, frozenset({"vocab"}), Path(), 9, Path("runs/mine"), from_scratch=False)
+    assert read_ini(Path("config.ini"))["vocab"] == Path("vocab")
+    assert words[-1] == str(Path("runs/mine"))
 
 
 def test_what_cannot_be_trained_is_said(work: Path) -> None:

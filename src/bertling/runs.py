@@ -273,7 +273,8 @@ def check_longer(
 def open_run(start: Start) -> Iterator[Path]:
     """The folder of the run to go on in, or a new one, for this process alone.
 
-    What a killed process left half-written is gone. Settings and state of the run stay: it may still be refused.
+    What a killed process left half-written is gone. Settings and state of the run stay: it may still be refused. A new
+    one that ends before its first checkpoint leaves no folder.
     """
     folder = start.run or new_folder(start.settings)
     with ExitStack() as stack:
@@ -285,7 +286,12 @@ def open_run(start: Start) -> Iterator[Path]:
             sweep(place)
         if start.run is None:
             shutil.rmtree(folder / "logs", ignore_errors=True)  # of one that never began
-        yield folder
+        try:
+            yield folder
+        except (BertlingError, KeyboardInterrupt):
+            if start.run is None and never_began(folder):
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
 
 
 def record(run: Path, settings: Settings, *, finished: bool) -> None:
