@@ -197,3 +197,10 @@ def test_what_a_comparison_lacks_is_said_at_once(tiny: Bench, monkeypatch: pytes
         replace(tiny, text=Path("some.txt.xz")).prepare()
     with pytest.raises(BertlingError, match=r"batches_ours: .*nowhere"):
         comparisons.told(comparisons.program("batches_ours", {"data": "nowhere", "vocab": BOX}, steps=1, batch=1))
+
+
+def test_labelled_texts_that_train_nothing_are_named(tmp_path: Path) -> None:
+    one = tmp_path / "one.tsv"
+    one.write_text("sentence\tlabel\na b\t1\nc d\t1\n")
+    line = bertling("bench", "finetune", "--against", "hf", "--data", one, "--rounds", 1).error
+    assert line.startswith(f"{one}: all labels are of one class")

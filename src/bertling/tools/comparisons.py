@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bertling.files import BertlingError
-from bertling.labelled import labels_of, load_labelled
+from bertling.labelled import check_training, load_labelled
 from bertling.progress import clock
 from bertling.tools.programs import WARM_UP
 
@@ -206,7 +206,7 @@ class Bench:
         import pyarrow.parquet as pq
 
         given = load_labelled(self.data or ASSETS / "sentiment_train.tsv")
-        labels = labels_of(given)
+        labels = check_training(given)
         places = [number % len(given.texts) for number in range(max(rows, len(given.texts)))]
         for target, some in ((path, places), (Path(f"{path}.dev.parquet"), places[:64])):
             columns = {"sentence": [given.texts[place] for place in some], "label": labels[some]}
