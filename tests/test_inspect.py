@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import bertling
 from static_files import write_msgpack
 
 from bertling.files import BertlingError
@@ -86,3 +87,13 @@ def test_audit_of_stored_masks_finds_faults(tmp_path: Path) -> None:
     assert {one.special_masked for one in whole} == {0, 1}
     assert all(one.kept >= 64 and one.masked >= 64 and one.overlap == 1.0 for one in whole)
     assert "fixed masks" in report.text()
+
+
+def test_a_mask_rate_for_masks_that_are_stored_is_said_to_mean_nothing(folder: Path) -> None:
+    ids = toy_rows(8)
+    labels = np.full_like(ids, IGNORED)
+    labels[:, 3], ids[:, 3] = ids[:, 3], TOKENIZER.mask_id
+    write_msgpack(folder / "x.msgpack.gz", [(ids, labels)], 8)
+    words = ["inspect", folder / "x.msgpack.gz", "-v", folder]
+    assert "note:" not in bertling(*words).err
+    assert "note: mlm-probability says nothing here" in bertling(*words, "--mlm-probability", 0.3).err

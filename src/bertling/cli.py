@@ -126,13 +126,19 @@ def prepare(
 @click.argument("path", type=PATH)
 @click.option("-n", "--rows", type=click.IntRange(0, 1000), default=3, show_default=True, help="rows to show")
 @click.option("-v", "--vocab", "vocabulary", type=PATH, help="for .msgpack files: vocab.txt or its folder")
-@click.option("--mlm-probability", type=click.FloatRange(0.0, 0.9, min_open=True), default=0.15, show_default=True)
+@click.option(
+    "--mlm-probability",
+    type=click.FloatRange(0.0, 0.9, min_open=True),
+    help="share of the tokens to mask, where masks are not stored with the data  [default: 0.15]",
+)
 @json_option
-def inspect(path: Path, rows: int, vocabulary: Path | None, mlm_probability: float, as_json: bool) -> None:
+def inspect(path: Path, rows: int, vocabulary: Path | None, mlm_probability: float | None, as_json: bool) -> None:
     """Show rows of a prepared data set, and audit its masks."""
     from bertling.tools.inspect import inspect as run_inspect
 
-    report = run_inspect(path, rows=rows, vocabulary=vocabulary, mlm_probability=mlm_probability)
+    report = run_inspect(path, rows=rows, vocabulary=vocabulary, mlm_probability=mlm_probability or 0.15)
+    if report.static and mlm_probability is not None:
+        say("note: mlm-probability says nothing here: the masks are those that are stored with the data")
     answer(report.to_dict(), report.text(), as_json)
 
 
