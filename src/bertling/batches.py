@@ -62,6 +62,10 @@ class Batch:
         )
 
 
+STORED_MASKS = "mlm-probability says nothing here: the masks are those that are stored with the data"
+"""What whoever gives one is told."""
+
+
 class MaskedBatches:
     """Training batches for masked language modelling, taken from several data sets in turn, one per epoch.
 

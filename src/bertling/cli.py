@@ -23,6 +23,7 @@ from bertling.options import (
     prepare_options,
     start_options,
     training_options,
+    was_given,
 )
 from bertling.settings import Settings, default_files, key_of, read_settings
 
@@ -129,16 +130,22 @@ def prepare(
 @click.option(
     "--mlm-probability",
     type=click.FloatRange(0.0, 0.9, min_open=True),
-    help="share of the tokens to mask, where masks are not stored with the data  [default: 0.15]",
+    default=0.15,
+    show_default=True,
+    help="share of the tokens to mask, where masks are not stored with the data",
 )
 @json_option
-def inspect(path: Path, rows: int, vocabulary: Path | None, mlm_probability: float | None, as_json: bool) -> None:
+@click.pass_context
+def inspect(
+    context: click.Context, path: Path, rows: int, vocabulary: Path | None, mlm_probability: float, as_json: bool
+) -> None:
     """Show rows of a prepared data set, and audit its masks."""
+    from bertling.batches import STORED_MASKS
     from bertling.tools.inspect import inspect as run_inspect
 
-    report = run_inspect(path, rows=rows, vocabulary=vocabulary, mlm_probability=mlm_probability or 0.15)
-    if report.static and mlm_probability is not None:
-        say("note: mlm-probability says nothing here: the masks are those that are stored with the data")
+    report = run_inspect(path, rows=rows, vocabulary=vocabulary, mlm_probability=mlm_probability)
+    if report.static and was_given(context, "mlm_probability"):
+        say(f"note: {STORED_MASKS}")
     answer(report.to_dict(), report.text(), as_json)
 
 
@@ -152,9 +159,12 @@ def pretrain(context: click.Context, configs: tuple[Path, ...], cp: Path | None,
     start = begin("pretrain", configs, context.obj or {}, cp, resume)
     from bertling.pretrain import load_start
     from bertling.pretrain import pretrain as run_pretrain
+    from bertling.runs import check_free
 
     if wants_launch(start.settings):
         load_start(start, lambda text: None)
+        if start.run is None:
+            check_free(start.settings)
         launch_self(start)
     outcome = run_pretrain(start, say)
     if is_first():
@@ -255,10 +265,7 @@ def wants_launch(settings: Settings) -> bool:
 def launch_self(start: Any) -> None:
     """Run this very command on several processes, and end with their status."""
     from bertling.distributed import launch
-    from bertling.runs import check_free
 
-    if start.run is None and start.settings.seeds == 1:  # of several seeds each run has a name of its own
-        check_free(start.settings)
     words = sys.argv[1:]
     if "--resume" in words:  # all of them resume the run that was found here
         at = words.index("--resume")

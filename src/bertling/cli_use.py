@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import click
-from click.core import ParameterSource
 
 from bertling.console import answer, say, unbroken
 from bertling.options import (
@@ -16,6 +15,7 @@ from bertling.options import (
     force_option,
     json_option,
     model_option,
+    was_given,
 )
 from bertling.settings import parse_settings
 
@@ -130,8 +130,7 @@ def note_truncated(one: Any, what: str, as_json: bool) -> None:
 @click.pass_context
 def summary(context: click.Context, cp: Path | None, preset: str, size: str, vocab_size: int, as_json: bool) -> None:
     """Draw the anatomy of a model: every module, its shape, its parameters."""
-    named = {context.get_parameter_source(name) for name in ("preset", "size", "vocab_size")}
-    if cp is not None and ParameterSource.COMMANDLINE in named:
+    if cp is not None and was_given(context, "preset", "size", "vocab_size"):
         raise click.UsageError("--cp: that model has its own preset, size and vocab-size: leave them out")
     from bertling.tools.anatomy import anatomy
 

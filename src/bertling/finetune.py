@@ -44,6 +44,8 @@ from bertling.tokenizer import Tokenizer
 from bertling.train import Trainer
 
 Say = Callable[[str], None]
+ORIGIN = "origin"
+"""In the run of the first of several seeds: the checkpoint that all of them start from."""
 COLLAPSED = 0.01
 """A seed that ends within this of the majority floor has learned nothing."""
 
@@ -144,7 +146,7 @@ def finetune(start: Start, say: Say, *, from_scratch: bool = False) -> FinetuneR
             one = replace(settings, seed=plan.first_seed + number, seeds=1, run_id=seed_run_id(plan, number))
             begin = replace(start, settings=one)
             if number >= max(1, len(plan.runs)):  # a seed after the first one, or the one that is resumed
-                kept = origin_in(results[0].outcome.run)
+                kept = results[0].outcome.run / ORIGIN
                 origin = kept if kept.is_dir() else None if plan.checkpoint is None else Path(plan.checkpoint)
                 begin = Start(one, start.explicit, checkpoint=origin)
             earlier = tuple(seed.outcome.run.name for seed in results)
@@ -163,7 +165,7 @@ def finetune(start: Start, say: Say, *, from_scratch: bool = False) -> FinetuneR
             if last.stopped or not last.finished:
                 break
         if result.finished and ranks.first:
-            shutil.rmtree(origin_in(results[0].outcome.run), ignore_errors=True)
+            shutil.rmtree(results[0].outcome.run / ORIGIN, ignore_errors=True)
         return result
     finally:
         distributed.leave()
@@ -263,16 +265,11 @@ def train_seed(
         say(f"run folder: {run}")
         if ranks.first and plan.seeds > 1:
             if start.run is None and not plan.runs and start.checkpoint is not None and run_of(start.checkpoint):
-                keep_origin(start.checkpoint, origin_in(run))
+                keep_origin(start.checkpoint, run / ORIGIN)
             write_json(run / SEEDS_PLAN, vars(replace(plan, runs=(*plan.runs, run.name))))
         outcome = Trainer(task, model, tokenizer, settings, runtime, ranks, run, state=start.state).train()
     scores = evaluate_classifier(model, dev, task.dev_batches, runtime)
     return SeedResult(settings.seed, outcome, scores)
-
-
-def origin_in(run: Path) -> Path:
-    """Where the run of the first seed keeps the checkpoint that all seeds start from."""
-    return run / "origin"
 
 
 def keep_origin(checkpoint: Path, origin: Path) -> None:

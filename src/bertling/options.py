@@ -6,10 +6,16 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+from click.core import ParameterSource
 
 from bertling.settings import ALIASES, Settings, accepted, as_text, concerns, key_of, parse_value
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+
+def was_given(context: click.Context, *names: str) -> bool:
+    """Whether the user gave any of these parameters, in place of its default."""
+    return any(context.get_parameter_source(name) is ParameterSource.COMMANDLINE for name in names)
 
 
 class FilledPath(click.Path):

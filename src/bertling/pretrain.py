@@ -11,7 +11,7 @@ import torch
 
 from bertling import distributed
 from bertling.attention import inverse_frequencies
-from bertling.batches import check_length, check_samples
+from bertling.batches import STORED_MASKS, check_length, check_samples
 from bertling.budget import total_steps
 from bertling.checkpoint import Loaded, load_checkpoint
 from bertling.cooccurrence import SCALE, word_vectors
@@ -58,7 +58,7 @@ def pretrain(start: Start, say: Say) -> Outcome:
         say(settings_line(settings, "pretrain"))
         introduce(model, task, data, settings, runtime, ranks, say)
         if data.train[0].labels and "mlm_probability" in start.explicit:
-            say("note: mlm-probability says nothing here: the masks are those that are stored with the data")
+            say(f"note: {STORED_MASKS}")
         with open_shared_run(replace(start, settings=settings), ranks) as run:
             trainer = Trainer(task, model, data.tokenizer, settings, runtime, ranks, run, state=start.state)
             if start.state is None:
