@@ -153,7 +153,7 @@ def test_a_loss_on_the_floor_is_said_with_its_causes(train_mlm: Train, tmp_path:
     outcome = train_mlm(max_iters=210, val_interval=100, learning_rate=1e-9)
     assert log_of(outcome).count("warning: loss ") == 1
     assert "(no context at all): learning-rate = 1e-09 is very low; raise it" in log_of(outcome)
-    late = train_mlm(max_iters=600, lr_decay_iters=600, warmup_iters=500, val_interval=200, learning_rate=1e-5)
+    late = train_mlm(max_iters=250, lr_decay_iters=250, warmup_iters=208, val_interval=200, learning_rate=1e-5)
     assert "the warm-up is not over: it takes 83% of the run" in log_of(late)
 
 

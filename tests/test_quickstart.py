@@ -27,7 +27,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def ended(work: Path) -> Ended:
     """The one run; on one thread, since small sums over several wait for the slowest where a machine is busy."""
-    shorter = mock.patch.dict(FINETUNING, {"epochs": "3"})
+    shorter = mock.patch.dict(FINETUNING, {"epochs": "2"})
     with shorter, mock.patch("bertling.runtime.available_cores", return_value=1):
         return bertling("quickstart", "--folder", "tour", "--json", *REDUCED, cwd=work)
 

@@ -52,10 +52,15 @@ def test_int8_is_taken_only_where_it_is_the_fastest_format(
     )
 
 
-def test_a_number_format_that_is_named_is_taken() -> None:
+@pytest.mark.parametrize(("has", "slow"), [({"avx512_bf16": True}, False), ({"avx2": True}, True)])
+def test_a_number_format_that_is_named_is_taken(
+    monkeypatch: pytest.MonkeyPatch, has: dict[str, bool], slow: bool
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has)
     chosen = build_runtime(Settings(device="cpu", dtype="bf16", threads=1))
     assert (chosen.device, chosen.dtype, chosen.compile) == (CPU, torch.bfloat16, False)
     assert chosen.describe() == "cpu, 1 threads, bf16, eager"
+    assert [note[:52] for note in chosen.notes] == ["dtype = bf16: this CPU has no fast instructions for "] * slow
     with chosen.autocast():
         assert torch.mm(torch.ones(2, 2), torch.ones(2, 2)).dtype == torch.bfloat16
     with Runtime(CPU, torch.float32, False).autocast():

@@ -64,6 +64,11 @@ def build_runtime(settings: Settings, *, local_rank: int = 0, local_processes: i
     dtype = choose_dtype(settings.dtype, device)
     if settings.dtype == "fp16" and device.type == "cpu":
         raise BertlingError("dtype = fp16: a CPU trains in bf16 or fp32; choose one of these or auto")
+    if settings.dtype == "bf16" and device.type == "cpu" and not multiplies_bf16():
+        notes.append(
+            "dtype = bf16: this CPU has no fast instructions for it, so that products take longer than in fp32 (without "
+            "AVX-512 a hundred times as long); auto takes the faster format"
+        )
     int8 = settings.dtype == "int8" and device.type == "cpu" and int8_pays()
     if settings.dtype == "int8" and not int8:
         notes.append(
@@ -140,8 +145,8 @@ def choose_dtype(wanted: str, device: torch.device) -> torch.dtype:
 def multiplies_bf16() -> bool:
     """Whether this CPU multiplies bf16 faster than fp32: with AMX, and with AVX512-BF16 unless Intel made it.
 
-    Without such instructions bf16 is emulated, and with Intel's AVX512-BF16 it takes twice as long as fp32
-    (docs/experiments.md).
+    With Intel's AVX512-BF16 it takes twice as long as fp32; without such instructions it is emulated, with AVX2 alone
+    at a hundredth of the speed (docs/experiments.md).
     Asked of the hardware, not of a clock: every process of a run, and a resumed one, must choose alike.
     """
     has = torch.cpu.get_capabilities()
