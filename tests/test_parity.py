@@ -181,7 +181,7 @@ def compare(model: BertEncoder, stock: nn.Module, inputs: Inputs) -> dict[str, f
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("name", STOCK)
 def test_forward_and_backward(name: str, head: Head, dtype: torch.dtype, seed: int, tmp_path: Path) -> None:
-    """Ours in either format against the stock class in fp64: in fp32 its own rounding, by machine, may be the larger."""
+    """Ours in either format, the stock class in fp64: in fp32 its own rounding may be the larger, by machine."""
     model = random_model(name, head, seed)
     stock = stock_model(tmp_path, *to_hf(model)).double().train()
     model.to(dtype)

@@ -64,10 +64,11 @@ def build_runtime(settings: Settings, *, local_rank: int = 0, local_processes: i
     dtype = choose_dtype(settings.dtype, device)
     if settings.dtype == "fp16" and device.type == "cpu":
         raise BertlingError("dtype = fp16: a CPU trains in bf16 or fp32; choose one of these or auto")
-    if settings.dtype == "bf16" and device.type == "cpu" and not multiplies_bf16():
+    of_arm = torch.cpu.get_capabilities().get("bf16", False)  # nobody measured those here
+    if settings.dtype == "bf16" and device.type == "cpu" and not (multiplies_bf16() or of_arm):
         notes.append(
-            "dtype = bf16: this CPU has no fast instructions for it, so that products take longer than in fp32 (without "
-            "AVX-512 a hundred times as long); auto takes the faster format"
+            "dtype = bf16: this CPU has no fast instructions for it, so that products take longer than in fp32 "
+            "(without AVX-512 a hundred times as long); auto takes the faster format"
         )
     int8 = settings.dtype == "int8" and device.type == "cpu" and int8_pays()
     if settings.dtype == "int8" and not int8:
