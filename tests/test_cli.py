@@ -406,6 +406,7 @@ def test_a_path_that_a_shell_did_not_know_is_missed(tmp_path: Path) -> None:
 
 def test_ctrl_c_waits_while_libraries_load() -> None:
     heard = False
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets what runs behind it ignore it
     try:
         with unbroken():
             signal.raise_signal(signal.SIGINT)
@@ -413,6 +414,8 @@ def test_ctrl_c_waits_while_libraries_load() -> None:
         pytest.fail("it never came")
     except KeyboardInterrupt:
         assert heard
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_no_host_no_launch(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
