@@ -23,13 +23,18 @@ class Moment(NamedTuple):
 def total_steps(settings: Settings, steps_per_epoch: float) -> int | None:
     """The step at which the run ends; None when only the clock ends it."""
     limits = [] if settings.max_iters is None else [settings.max_iters]
-    if settings.epochs is not None:
-        limits.append(max(1, math.ceil(settings.epochs * steps_per_epoch)))
+    epochs = epochs_of(settings)
+    if epochs is not None:
+        limits.append(max(1, math.ceil(epochs * steps_per_epoch)))
     if limits:
         return min(limits)
-    if settings.max_minutes is not None:
-        return None
-    return 10_000 if settings.task_type == "mlm" else max(1, math.ceil(DEFAULT_EPOCHS * steps_per_epoch))
+    return None if settings.max_minutes is not None else 10_000
+
+
+def epochs_of(settings: Settings) -> float | None:
+    """The epochs after which the run ends: those asked for, or the usual ones of a fine-tuning without any limit."""
+    unlimited = settings.max_iters is None and settings.max_minutes is None and settings.task_type != "mlm"
+    return DEFAULT_EPOCHS if settings.epochs is None and unlimited else settings.epochs
 
 
 def moment(settings: Settings, total: int | None, step: int, seconds: float) -> Moment:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bertling.budget import DEFAULT_EPOCHS
+from bertling.budget import epochs_of
 from bertling.checkpoint import (
     TrainingState,
     find_checkpoint,
@@ -263,8 +263,7 @@ def check_longer(
             )
     limits = [(getattr(before, name), value) for name, value in reached.items()]
     ended_by_them = any(limit is not None and limit <= value for limit, value in limits)
-    unlimited = before.max_iters is None and before.max_minutes is None and before.task_type != "mlm"
-    epochs = before.epochs or (DEFAULT_EPOCHS if unlimited else 0)
+    epochs = epochs_of(before) or 0
     if settings.epochs is not None and settings.epochs <= epochs and not ended_by_them:
         raise BertlingError(f"{run}: is finished: it has done its epochs = {epochs:g}; raise --epochs")
 
