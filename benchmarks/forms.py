@@ -7,7 +7,6 @@ range. Batches of 32 sentences of similar length, all cores. Exports into a temp
 """
 
 import argparse
-import os
 import statistics
 import tempfile
 import time
@@ -42,8 +41,7 @@ def torch_form(model: BertForSequenceClassification, dtype: torch.dtype) -> Form
 
 def onnx_form(path: Path, threads: int) -> Form:
     """An exported file."""
-    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
-    import onnxruntime
+    import onnxruntime  # not before the export, which turns off its telemetry
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
