@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import click
 
-from bertling.console import answer, say, unbroken
+from bertling.console import answer, clean_end, say, unbroken
 from bertling.options import (
     PATH,
     ask_options,
@@ -282,7 +282,7 @@ def bench(
     ):
         if value is not None and not users & set(rows):
             raise click.UsageError(f"--{name}: none of the rows asked for uses it, only {', '.join(sorted(users))}")
-    with tempfile.TemporaryDirectory(prefix="bertling-bench-") as folder:
+    with clean_end(), tempfile.TemporaryDirectory(prefix="bertling-bench-") as folder:
         where = Path(folder), against is not None, rounds, choose_device(device).type, available_cores(), say
         comparisons = compare([row for row in rows if row != "step"], Bench(*where, text, vocab, data, dtype))
         if "step" in rows:

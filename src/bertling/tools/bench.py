@@ -84,7 +84,7 @@ def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * size**3 / best
 
 
-def work(kind: str, workload: Workload, given: dict[str, Any], pipe: Connection) -> None:
+def work(kind: str, workload: Workload, given: dict[str, Any], folder: Path, pipe: Connection) -> None:
     """A contestant's process: on each word from the pipe run a turn of steps, and tell how it went."""
     if kind != CONTESTANTS[1]:
         os.environ.setdefault(*LARGE_PAGES)
@@ -96,31 +96,30 @@ def work(kind: str, workload: Workload, given: dict[str, Any], pipe: Connection)
             **given,
         )
         runtime = build_runtime(settings)
-        with tempfile.TemporaryDirectory() as name:
-            contestant: Ours | Stock
-            if kind == "ours":
-                contestant = Ours(workload, Path(name), runtime, settings)
-            else:
-                contestant = Stock(workload, Path(name), runtime, best=kind == CONTESTANTS[2])
+        contestant: Ours | Stock
+        if kind == "ours":
+            contestant = Ours(workload, folder, runtime, settings)
+        else:
+            contestant = Stock(workload, folder, runtime, best=kind == CONTESTANTS[2])
+        started = time.perf_counter()
+        for _ in range(WARM_UP):
+            contestant.step()
+        wait(runtime.device)
+        warm_up = time.perf_counter() - started
+        if isinstance(contestant, Ours):
+            contestant.watch.seconds = dict.fromkeys(PHASES, 0.0)
+        pipe.send({"warm_up": warm_up, "runtime": contestant.runtime})
+        while pipe.recv():
+            wait(runtime.device)
             started = time.perf_counter()
-            for _ in range(WARM_UP):
+            for _ in range(STEPS):
                 contestant.step()
             wait(runtime.device)
-            warm_up = time.perf_counter() - started
+            told: dict[str, Any] = {"seconds": (time.perf_counter() - started) / STEPS}
             if isinstance(contestant, Ours):
-                contestant.watch.seconds = dict.fromkeys(PHASES, 0.0)
-            pipe.send({"warm_up": warm_up, "runtime": contestant.runtime})
-            while pipe.recv():
-                wait(runtime.device)
-                started = time.perf_counter()
-                for _ in range(STEPS):
-                    contestant.step()
-                wait(runtime.device)
-                told: dict[str, Any] = {"seconds": (time.perf_counter() - started) / STEPS}
-                if isinstance(contestant, Ours):
-                    told["phases"] = dict(contestant.watch.seconds)
-                told["memory"] = peak_memory(runtime.device)
-                pipe.send(told)
+                told["phases"] = dict(contestant.watch.seconds)
+            told["memory"] = peak_memory(runtime.device)
+            pipe.send(told)
     except Exception as error:
         pipe.send({"error": f"{type(error).__name__}: {error}"})
 
@@ -197,13 +196,16 @@ def bench(workload: Workload, *, against: bool, rounds: int, settings: dict[str,
     if against:
         stock_config(workload)  # what has none is refused before anything is measured
     context = multiprocessing.get_context("spawn")
+    folder = tempfile.TemporaryDirectory()  # ours, since the contestants may be killed
     pipes, processes = {}, []
     told: dict[str, list[dict[str, Any]]] = {kind: [] for kind in kinds}
     try:
         for kind in kinds:
             say(f"{workload}: {kind} gets ready")
             pipes[kind], far = context.Pipe()
-            process = context.Process(target=work, args=(kind, workload, settings, far), daemon=True)
+            process = context.Process(
+                target=work, args=(kind, workload, settings, Path(folder.name, kind), far), daemon=True
+            )
             interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the child inherits that: we answer Ctrl-C
             process.start()
             signal.signal(signal.SIGINT, interrupt)
@@ -225,6 +227,8 @@ def bench(workload: Workload, *, against: bool, rounds: int, settings: dict[str,
         for process in processes:
             process.join(10)
             process.kill()
+            process.join()
+        folder.cleanup()
     masked = workload.batch_size * round(workload.mlm_probability * (workload.seq_len - 2))
     count = flops(workload.config(), workload.batch_size, workload.seq_len, masked)
     return Report(workload, count, peaks, [summed_up(workload, kind, told[kind]) for kind in kinds])

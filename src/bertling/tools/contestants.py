@@ -90,7 +90,7 @@ def made_up_text(folder: Path, workload: Workload) -> tuple[Path, Tokenizer]:
     ids = chance.zipf(1.2, (ROWS, workload.seq_len)) % (workload.vocab_size - len(SPECIAL_TOKENS)) + len(SPECIAL_TOKENS)
     ids[:, 0], ids[:, -1] = tokenizer.cls_id, tokenizer.sep_id
     path = folder / "train_bench"
-    path.mkdir()
+    path.mkdir(parents=True)
     writer = SamplesWriter(path, seq_len=workload.seq_len, vocab_size=workload.vocab_size, pad_id=tokenizer.pad_id)
     writer.append(ids)
     writer.finish(vocab_fingerprint=tokenizer.fingerprint)

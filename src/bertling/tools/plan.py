@@ -2,7 +2,6 @@
 
 import math
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -86,7 +85,7 @@ class Plan:
 
 
 def plan(start: Start, say: Say, *, probe_steps: int = 20) -> Plan:
-    """Train for `probe_steps` in a folder that is thrown away, and foretell the rest; one process, whatever nproc."""
+    """Train for `probe_steps` that are thrown away, and foretell the rest; one process, whatever nproc."""
     settings = start.settings
     runtime = build_runtime(settings)
     model, data = load_start(start, say)
@@ -96,20 +95,19 @@ def plan(start: Start, say: Say, *, probe_steps: int = 20) -> Plan:
     getting_ready = time.perf_counter() - began
     task = masked_lm_task(settings, data)
     say(f"probing {probe_steps} steps of {settings.batch_size} rows")
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(task, model, data.tokenizer, settings, runtime, Ranks(), Path(folder))
-        model.train()
-        if runtime.compile:
-            model.compile()
-        seconds = []
-        for _ in range(WARM_UP + probe_steps):
-            wait(runtime.device)
-            began = time.perf_counter()
-            trainer.train_step(0.5)
-            trainer.step += 1
-            wait(runtime.device)
-            seconds.append(time.perf_counter() - began)
-        state = sum(value.numel() * value.element_size() for value in pack_state(trainer.optimizers).values())
+    trainer = Trainer(task, model, data.tokenizer, settings, runtime, Ranks(), Path())  # steps alone write nothing
+    model.train()
+    if runtime.compile:
+        model.compile()
+    seconds = []
+    for _ in range(WARM_UP + probe_steps):
+        wait(runtime.device)
+        began = time.perf_counter()
+        trainer.train_step(0.5)
+        trainer.step += 1
+        wait(runtime.device)
+        seconds.append(time.perf_counter() - began)
+    state = sum(value.numel() * value.element_size() for value in pack_state(trainer.optimizers).values())
     counted = seconds[WARM_UP:]
     # By the mean: a slow step now and then is part of the run too.
     step = statistics.mean(counted)
