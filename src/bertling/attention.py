@@ -21,7 +21,7 @@ class Sight(NamedTuple):
     visible: Tensor | None
     """True where a query may look at a key, [B or 1, 1, T or 1, T]; None where all may look at all."""
     rotary: tuple[Tensor, Tensor] | None
-    """The angles of `rotary_angles`, where positions are encoded so."""
+    """Cosine and sine from `rotary_angles`, where positions are encoded so."""
 
 
 class SelfAttention(nn.Module):
@@ -46,8 +46,7 @@ class SelfAttention(nn.Module):
         mixed = mixed.transpose(1, 2).reshape(batch, length, hidden_size)  # [B, T, D]
         if wanted is not None:
             mixed = mixed.flatten(0, 1).index_select(0, wanted)  # [M, D]
-        output: Tensor = self.out_proj(mixed)
-        return output
+        return self.out_proj(mixed)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, dropout_p: float = 0.0) -> Tensor:
@@ -64,8 +63,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, dropout_p
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, dropout_p: float = 0.0) -> Tensor:
     """In plain sight: softmax(q k^T / sqrt(K)) v (Vaswani et al. 2017, equation 1)."""
-    # A sum of K products grows with sqrt(K); undivided, the softmax would see one winner from the start, and no slope.
-    # q is divided rather than the scores: mostly the smaller tensor.
+    # A sum of K products of numbers near 1 is around sqrt(K) in size; undivided, the softmax of such scores would give
+    # nearly all to one key, and have next to no slope. q is divided rather than the scores: mostly the smaller tensor.
     scores = (q / math.sqrt(q.shape[-1])) @ k.transpose(-2, -1)  # [B, H, T, K] @ [B, H, K, T] -> [B, H, T, T]
     if visible is not None:
         # Adds log 1 = 0 where visible, log 0 = -infinity elsewhere (compiled, faster than masked_fill: experiments.md).
@@ -88,7 +87,7 @@ def padding_mask(attention_mask: Tensor) -> Tensor:
 def window_mask(length: int, reach: int, padding: Tensor | None, device: torch.device) -> Tensor:
     """True for keys up to `reach` tokens away that `padding` (of `padding_mask`) allows, [B or 1, 1, T, T].
 
-    Every token sees itself, padding too: again the softmax over nothing.
+    Every token sees itself, padding too: else one with only padding near it would have a softmax over nothing (NaN).
     """
     places = torch.arange(length, device=device)
     distance = (places[:, None] - places).abs()  # [T, T]
@@ -99,7 +98,7 @@ def window_mask(length: int, reach: int, padding: Tensor | None, device: torch.d
 def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     """Turn column i of `x` [B, H, T, K] together with column i + K/2, in the number format of `x`.
 
-    Where two tokens stand enters the product of a query and a key turned so only as the distance from one to the other.
+    The product of a query and a key turned so depends on their two places only through the difference of these.
     """
     first, second = x.chunk(2, dim=-1)  # [B, H, T, K/2] each
     cosine, sine = cosine.to(x.dtype), sine.to(x.dtype)

@@ -65,6 +65,7 @@ def mask_tokens(
     quota = (places.double() * mlm_probability).round().long().clamp(1, slots).minimum(places)
     scores = torch.rand(batch, seq_len, generator=generator)
     if continues is None:
+        # Scores lie below 1, so special tokens come last.
         columns = scores.masked_fill_(special, 2.0).topk(slots, dim=1, largest=False).indices
         used = torch.arange(slots) < quota[:, None]
     else:

@@ -4,8 +4,10 @@ Read `BertForMaskedLM.forward` first, then Embeddings, Blocks, Block and MLP; Se
 tables of values that make all this BERT, DistilBERT or ModernBERT are in presets.py.
 
 A token is a vector of D numbers all the way through, the residual stream [B, T, D]; each block adds to it. `wanted` [M]
-names the tokens whose result someone reads, by row * T + column: the last block and the head compute no others.
-Shapes: B batch, T tokens, D hidden, I inside the MLP, V vocabulary, P the same padded, M wanted tokens, L labels.
+names the tokens whose result someone reads, by row * T + column: the last block's attention still mixes all tokens,
+but only the wanted ones go on through its output matrix, its MLP and the head.
+Shapes: B batch, T tokens, D hidden, I inside the MLP, V vocabulary, P vocabulary filled up to a multiple of 64,
+M wanted tokens, L labels.
 """
 
 import math
@@ -31,7 +33,7 @@ from bertling.presets import Pooling as Pooling
 
 
 class Embeddings(nn.Module):
-    """What a token is, plus where it stands and which segment it belongs to."""
+    """What a token is; in some presets plus where it stands and which segment it belongs to."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -54,7 +56,7 @@ class Embeddings(nn.Module):
                 f"input of {length} tokens: this model has max_position_embeddings = "
                 f"{self.config.max_position_embeddings}; cut the input"
             )
-        x: Tensor = self.word_embeddings(input_ids)  # [B, T, D]
+        x = self.word_embeddings(input_ids)  # [B, T, D]
         if self.config.positions == "sinusoidal":
             # Scaled as in Vaswani et al. 2017, section 3.4; else the sines, near 1, would drown the small word vectors.
             x = x * math.sqrt(self.config.hidden_size)
@@ -64,8 +66,7 @@ class Embeddings(nn.Module):
             x = x + self.token_type_embeddings(segments)
         if self.position_embeddings is not None:
             x = x + self.position_embeddings.weight[:length]
-        output: Tensor = self.dropout(self.norm(x))
-        return output
+        return self.dropout(self.norm(x))
 
 
 class MLP(nn.Module):
@@ -135,15 +136,13 @@ class Blocks(nn.Module):
 
         With `wanted` [M] the last block ends at these tokens, [M, D]: no one reads the others.
         """
-        last = len(self.layers) - 1
+        is_local = [self.config.is_local(i) for i in range(len(self.layers))]
         # Masks and angles are made once for each kind of block: those that see the whole row, and those with a window.
-        everywhere = self.sight(x, attention_mask, local=False)
-        windows = any(self.config.is_local(i) for i in range(len(self.layers)))
-        nearby = self.sight(x, attention_mask, local=True) if windows else everywhere
+        sights = {local: self.sight(x, attention_mask, local=local) for local in set(is_local)}
         for i, block in enumerate(self.layers):
-            x = block(x, nearby if self.config.is_local(i) else everywhere, wanted if i == last else None)
-        output: Tensor = self.final_norm(x)
-        return output
+            is_last = i == len(self.layers) - 1
+            x = block(x, sights[is_local[i]], wanted if is_last else None)
+        return self.final_norm(x)
 
     def sight(self, x: Tensor, attention_mask: Tensor | None, *, local: bool) -> Sight:
         """What the blocks that look everywhere, or the `local` ones, are told about the places of `x` [B, T, D]."""
@@ -179,8 +178,7 @@ class BertEncoder(nn.Module):
 
         Segments are ignored by a model without segment embeddings.
         """
-        x: Tensor = self.encoder(self.embeddings(input_ids, token_type_ids), attention_mask, wanted)
-        return x
+        return self.encoder(self.embeddings(input_ids, token_type_ids), attention_mask, wanted)
 
 
 class HeadTransform(nn.Module):
@@ -202,8 +200,7 @@ class HeadTransform(nn.Module):
             x = F.relu(x)
         elif self.activation == "gelu":
             x = F.gelu(x)
-        output: Tensor = self.norm(x)
-        return output
+        return self.norm(x)
 
 
 class MaskedLMHead(nn.Module):
@@ -227,7 +224,7 @@ class MaskedOutput(NamedTuple):
     loss_sum: Tensor
     """Cross-entropy in nats, summed over the labels that are not -100 (who trains divides); in fp32 at least."""
     correct: Tensor | None
-    """How many of them have the highest score; not counted while training."""
+    """How many of these labels got the highest score; not counted while training."""
 
 
 class BertForMaskedLM(BertEncoder):
@@ -259,7 +256,7 @@ class BertForMaskedLM(BertEncoder):
         Only the tokens wanted pass through the end of the last block and the vocabulary matrix, by far the largest.
         """
         x = self.encode(input_ids, attention_mask, token_type_ids, wanted)  # [B, T, D] or [M, D]
-        logits: Tensor = self.mlm_head(x)  # [B, T, P] or [M, P]
+        logits = self.mlm_head(x)  # [B, T, P] or [M, P]
         if labels is None:
             return logits[..., : self.config.vocab_size]
         logits, labels = logits.flatten(0, -2), labels.flatten()  # [M, P] and [M]; without `wanted` M is B * T
@@ -290,8 +287,7 @@ class BertForSequenceClassification(BertEncoder):
             x = self.encode(input_ids, attention_mask, token_type_ids, first)  # [B, D]
         else:
             x = mean_over_tokens(self.encode(input_ids, attention_mask, token_type_ids), attention_mask)  # [B, D]
-        logits: Tensor = self.classifier(self.dropout(self.pooler(x)))
-        return logits
+        return self.classifier(self.dropout(self.pooler(x)))
 
 
 def mean_over_tokens(x: Tensor, attention_mask: Tensor | None) -> Tensor:

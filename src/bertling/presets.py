@@ -106,7 +106,7 @@ class ModelConfig:
 
     @property
     def padded_vocab_size(self) -> int:
-        """Rows of the running vocabulary matrix: matrix kernels are faster on multiples of 64."""
+        """Rows of the vocabulary matrix in memory: matrix kernels are faster on multiples of 64."""
         return -(-self.vocab_size // 64) * 64
 
     @property
@@ -157,7 +157,7 @@ def check_field(name: str, value: Any, kind: Any) -> None:
         raise BertlingError(f"{name} = {value!r:.60}: this must be {wanted}; correct the value")
 
 
-# Blocks, width, heads; the blocks of `base` are those of each original.
+# Blocks, width, heads. `base` has as many blocks as each original; `modern`, as many as BERT (ModernBERT-base has 22).
 SIZES: dict[str, tuple[int, int, int]] = {"mini": (4, 256, 4), "small": (6, 512, 8), "base": (12, 768, 12)}
 BASE_LAYERS: dict[str, int] = {"seed": 6, "bert": 12, "distilbert": 6, "modern": 12}
 LOCAL_PATTERN = 3
@@ -169,7 +169,7 @@ BERT: dict[str, Any] = {
     "type_vocab_size": 2,
     "layer_norm_eps": 1e-12,
     "initializer_range": 0.02,
-    "embedding_dropout_prob": 0.1,  # as published; a training puts its setting dropout in the place of all five
+    "embedding_dropout_prob": 0.1,  # as published; the setting `dropout` replaces all five
     "attention_probs_dropout_prob": 0.1,
     "attention_output_dropout_prob": 0.1,
     "hidden_dropout_prob": 0.1,
@@ -215,7 +215,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "classifier_dropout": 0.2,
         "pooler": "relu",
     },
-    # Warner et al. 2024 (ModernBERT), with windows only where they are wanted.
+    # The parts of ModernBERT (Warner et al. 2024) in our sizes; rotary base as in Su et al. 2021, windows on demand.
     "modern": BERT
     | {
         "architecture": "modern",
@@ -293,7 +293,7 @@ def mlp_width(hidden_size: int, *, glu: bool) -> int:
 
 
 def dropout_values(architecture: str, dropout: float) -> dict[str, Any]:
-    """One share of dropout for every place where the architecture has any."""
+    """One share of dropout for every place that an architecture can have it at: all five, four in DistilBERT."""
     return {
         "embedding_dropout_prob": dropout,
         "attention_probs_dropout_prob": dropout,

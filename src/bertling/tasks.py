@@ -134,7 +134,7 @@ class MaskedLMTask:
                 on_device.input_ids, on_device.attention_mask, wanted=on_device.wanted
             )  # [M, V]
         model.train()
-        used = batch.labels != -100
+        used = batch.labels != IGNORED
         return illustrate(
             self.tokenizer.tokens(batch.input_ids[0].tolist()),
             batch.wanted[used].tolist(),
@@ -251,7 +251,7 @@ class ClassificationTask:
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         logits: Tensor = model(batch.input_ids, batch.attention_mask)  # [B, L]
-        return F.cross_entropy(logits.float(), batch.labels, ignore_index=-100, reduction="sum")
+        return F.cross_entropy(logits.float(), batch.labels, ignore_index=IGNORED, reduction="sum")
 
     def evaluate(self, model: nn.Module, runtime: Runtime, ranks: Ranks) -> dict[str, float]:
         # The dev sets of classification are small: every process scores all of it, and nothing has to be exchanged.

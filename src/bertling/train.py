@@ -89,7 +89,7 @@ class Trainer:
             if self.evaluated_step < 0:
                 self.evaluate(log, 0.0)
                 self.save(log)  # from here on a killed run can be resumed
-            now = done_to = self.moment()  # until `done_to`, what was due has been done
+            now = done_to = self.moment()  # evaluations and checkpoints that were due up to `done_to` are done
             while now.progress < 1.0 and not self.ranks.any(stop()):  # all stop at the same step, or all hang
                 loss = self.train_step(now.progress)
                 self.step += 1
@@ -120,8 +120,8 @@ class Trainer:
         return moment(self.settings, self.total_steps, self.step, seconds)
 
     def train_step(self, progress: float) -> Tensor:
-        """One optimizer step over the global batch; returns this process's share of its mean loss."""
-        # The rate of a step is that of its end, so that the first one is not spent at rate zero.
+        """One optimizer step over the global batch; returns this process's share of the batch's mean loss."""
+        # Each step has the schedule's rate at its end, so that the first one is not spent at rate zero.
         ahead = 0.0 if self.total_steps is None else 1 / self.total_steps
         factor = self.rate_factor * self.schedule.factor(min(progress + ahead, 1.0), self.step + 1)
         self.learning_rate = optim.set_learning_rate(self.optimizers, factor)
