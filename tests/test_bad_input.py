@@ -422,7 +422,6 @@ def test_nothing_to_resume(world: World, here: Path) -> None:
 def test_texts(world: World, here: Path) -> None:
     fill, classify = ["fill", "--cp", world.mlm], ["classify", "--cp", world.classifier]
     refuse(world, here, [*fill, "no mask here"], "text 'no mask here': has no [MASK]", "write [MASK]")
-    refuse(world, here, [*fill, "[MASK]" + " a b" * 99 + "[MASK]"], "further apart than the", "split it")
     refuse(world, here, [*fill, "a [MASK]", "-k", 401], "top-k 401", "400")
     refuse(world, here, [*classify, "--input", "none.txt"], "none.txt: no such file", "check the path")
     (here / "latin.txt").write_bytes(b"fine\nd\xe9j\xe0\n")

@@ -368,6 +368,12 @@ def test_settings_that_say_nothing_beside_the_others_are_named(world: World, tmp
     ):
         assert f"note: {note}" in said
     assert "note: cooldown counts only together with schedule = trapezoid" in said
+    (tmp_path / "both.ini").write_text("seeds = 3\ntext-column = a\ndist-master-port = 29501\nmax-iters = 1\n")
+    shared = bertling("pretrain", "-c", tmp_path / "both.ini", *SMALL, "--base-dir", tmp_path, "--json")
+    assert "note: pretrain has no use for text-column, seeds\n" in shared.err
+    assert "note: dist-master-port counts only together with ddp" in shared.err
+    assert shared.answer["protocol"].endswith("15% of the ordinary tokens masked, 80/10/10, seed 0; vocabulary of 400")
+    assert 0 < shared.answer["floor/unigram"] < 1 < shared.answer["floor_loss/unigram"]
     used = ["--optimizer", "muon", "--muon-learning-rate", 0.01, "--schedule", "trapezoid", "--cooldown", 0.3]
     assert "counts only" not in bertling("pretrain", *SMALL, "--base-dir", tmp_path, "--max-iters", 1, *used).err
 

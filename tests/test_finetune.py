@@ -116,6 +116,10 @@ def test_seeds_have_a_run_each_and_one_result(world: World, tmp_path: Path) -> N
     assert [run.name for run in runs] == ["mine-seed5", "mine-seed6", "mine-seed7"]
     assert [json.loads((run / "result.json").read_text()) for run in runs] == [result] * 3
     assert [f"seed = {seed}\n" in (run / "config.ini").read_text() for seed, run in zip((5, 6, 7), runs, strict=True)]
+    longer = bertling("finetune", "--cp", runs[1], "--max-iters", 4)
+    assert "max-iters = 4: the run" in longer.error
+    assert "was started with 2 and keeps it" in longer.error
+    assert "is finished, and so are the other seeds" in bertling("finetune", "--cp", runs[1]).error
     accuracies = [one["accuracy"] for one in result["seeds"]]
     assert result["accuracy"] == vars(summarise_seeds(accuracies))
     assert len({one["loss"] for one in result["seeds"]}) == 3
@@ -184,6 +188,10 @@ def test_a_run_finds_its_texts_from_another_folder(world: World, tmp_path: Path)
         assert bertling(*longer, *moved).answer["seeds"][0]["step"] == 4
         other = ["--train-input", "../dev.tsv", *moved[2:]]
         assert "was trained on train.tsv of 40 rows" in bertling(*longer[:3], "--max-iters", 6, *other).error
+        text = Path("../train.tsv").read_text()
+        Path("../train.tsv").write_text(text.replace("lovely", "dreary"))
+        mended = bertling(*longer[:3], "--max-iters", 6, *moved).error
+        assert "was trained on train.tsv of 40 rows, and now it is train.tsv of 40 others" in mended
 
 
 @pytest.mark.parametrize("killed", ["between seeds", "as the next began", "before the sums"])
@@ -217,6 +225,7 @@ def test_a_collapsed_seed_is_counted() -> None:
     assert "mean of 3 seeds: 60.3%, sd 17.0%" in result.text()
     assert "collapsed: 2" in result.text()
     one = FinetuneResult(seeds[:1], summarise_seeds([0.5]), {"floor/majority": 0.505, "floor/bag_of_words": 0.6})
+    assert "95 % interval 18.0% to 100.0%" in result.text()
     assert one.text().splitlines()[:2] == ["accuracy 50.0%", "floors: majority class 50.5%, bag of words 60.0%"]
 
 

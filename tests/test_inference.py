@@ -167,9 +167,27 @@ def test_masks_as_far_apart_as_can_be(fill_mask: FillMask, first: int) -> None:
     words = ["word1"] * 100
     words[first] = words[first + LIMIT - 3] = "[MASK]"
     assert len(fill_mask.fill(" ".join(words))[0]["masks"]) == 2
-    words[(first + 50) % 100] = "[MASK]"
-    with pytest.raises(BertlingError, match=r"text 'word1 .*|text '\[MASK\].*further apart than the 22 tokens"):
-        fill_mask.fill(" ".join(words))
+
+
+def test_masks_further_apart_than_the_model_reads_are_answered_each_where_it_stands(fill_mask: FillMask) -> None:
+    words = [WORDS[i % 40] for i in range(100)]
+    places = [0, LIMIT - 3, LIMIT, 60, 61, 99]
+    for place in places:
+        words[place] = "[MASK]"
+    answer = fill_mask.fill([" ".join(words), "word1 [MASK]"])[0]
+    assert answer["truncated"]
+    assert len(answer["masks"]) == len(places)
+    # Windows of 22: the first two masks, the third (which sees the second too), those in the middle, the last one.
+    for of_window, start in ((slice(0, 2), 0), (slice(2, 3), LIMIT - 10), (slice(3, 5), 50), (slice(5, 6), 78)):
+        alone = fill_mask.fill(" ".join(words[start : start + LIMIT - 2]))[0]["masks"]
+        for whole, part in zip(answer["masks"][of_window], alone[-len(answer["masks"][of_window]) :], strict=True):
+            assert [value for _, value in whole] == pytest.approx([value for _, value in part], abs=1e-5)
+
+
+def test_texts_that_are_none_are_named(fill_mask: FillMask) -> None:
+    for text, kind in ((None, "NoneType"), (float("nan"), "float"), (b"[MASK]", "bytes")):
+        with pytest.raises(BertlingError, match=f"is of type {kind}; give strings"):
+            fill_mask.fill(["word1 [MASK]", text])  # type: ignore[list-item]
 
 
 def test_what_fill_refuses(fill_mask: FillMask) -> None:

@@ -4,6 +4,7 @@ import gzip
 import json
 import re
 import shutil
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -350,6 +351,9 @@ def test_floors() -> None:
     assert labelled.majority_floor(train, dev) == 0.5
     floors = [labelled.bag_of_words_floor(train, dev) for _ in range(2)]
     assert floors == [1.0, 1.0]
+    with warnings.catch_warnings(action="error"):  # scikit-learn takes many classes for numbers
+        each = LabelledTexts(Path("e"), [f"word{i}" for i in range(30)], np.arange(30))
+        assert labelled.bag_of_words_floor(each, each) == 1.0
 
 
 def test_summary_over_seeds() -> None:

@@ -142,17 +142,19 @@ def test_identical_documents_go_to_one_split(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("method", ["split", "segment"])
-@pytest.mark.parametrize("form", ["shards", "msgpack"])
-def test_same_seed_same_bytes(tmp_path: Path, method: str, form: str) -> None:
+@pytest.mark.parametrize(
+    ("form", "ending"), [("shards", ""), ("msgpack", ".msgpack.gz"), ("msgpack-plain", ".msgpack")]
+)
+def test_same_seed_same_bytes(tmp_path: Path, method: str, form: str, ending: str) -> None:
     source = write(tmp_path / "t.txt", [document(i, 30) for i in range(40)])
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         run(source, tmp_path / name, seed=seed, method=method, format=form, label="x")
-    ending = ".msgpack.gz" if form == "msgpack" else ""
     for split in ("train", "val", "test"):
         a, b = (tmp_path / name / f"{split}_x_16_1{ending}" for name in "ab")
         c = tmp_path / "c" / f"{split}_x_16_2{ending}"
-        if form == "msgpack":
+        if ending:
             assert a.read_bytes() == b.read_bytes() != c.read_bytes()
+            assert open_samples(a).rows > 0
         else:
             assert contents(a) == contents(b)
             assert (stream(a) != stream(c)) == (split == "train")
@@ -362,7 +364,7 @@ def test_card(tmp_path: Path) -> None:
         ({"label": "../x"}, "label: '../x' must be letters"),
         ({"label": ""}, "label: '' must be letters"),
         ({"method": "cut"}, "method: must be split or segment, not 'cut'"),
-        ({"format": "zip"}, "format: must be shards or msgpack, not 'zip'"),
+        ({"format": "zip"}, "format: must be one of shards, msgpack, msgpack-plain, not 'zip'"),
     ],
 )
 def test_bad_options_are_refused_before_any_work(tmp_path: Path, options: dict[str, Any], message: str) -> None:

@@ -433,6 +433,34 @@ def test_whoever_goes_back_and_is_killed_goes_on_from_there(train_mlm: Train, mo
     assert [entry["step"] for entry in read_metrics(run) if "train/loss" in entry] == list(range(1, 9))
 
 
+def test_going_back_is_said_and_a_finished_run_is_not_cut_short(train_mlm: Train) -> None:
+    run = train_mlm(max_iters=6, val_interval=1, max_checkpoints=9).run
+    earlier = run / "checkpoints" / "step-0000002"
+    with pytest.raises(BertlingError, match="is finished: it has done 6 of max-iters = 4; raise --max-iters"):
+        train_mlm(cp=earlier, max_iters=4)
+    assert [entry["step"] for entry in read_metrics(run)][-1] == 6
+    start = resolve_start("pretrain", [], {"max_iters": 7}, cp=earlier, resume=False)
+    assert start.notes == ("back from step 6 to step 2: all after it is given up; a new --run-id keeps both",)
+    assert not resolve_start("pretrain", [], {"max_iters": 7}, cp=run, resume=False).notes
+
+
+def test_a_length_that_is_over_is_refused(train_mlm: Train, stopped: Path) -> None:
+    with pytest.raises(BertlingError, match="run0: has done 2 steps, and these settings end it after 1; raise what"):
+        train_mlm(cp=stopped, max_iters=1)
+    done = train_mlm(max_iters=3, epochs=1.0, batch_size=16)  # an epoch has three steps
+    assert done.finished
+    with pytest.raises(
+        BertlingError, match=rf"has done {done.step} steps, and these settings end it after {done.step}"
+    ):
+        train_mlm(cp=done.run, max_iters=500)
+
+
+def test_what_is_evaluated_on_and_trained_on_too_is_named(train_mlm: Train) -> None:
+    said: list[str] = []
+    train_mlm(max_iters=1, dataset_pattern="*", say=said.append)
+    assert [line for line in said if line.startswith("warning: val_tiny_32_123 is trained on too: its scores say")]
+
+
 def test_a_copy_whose_links_became_folders_goes_on(train_mlm: Train, stopped: Path) -> None:
     for name in ("best", "last"):
         link = stopped / "checkpoints" / name

@@ -14,7 +14,7 @@ from bertling import tasks
 from bertling.batches import evaluation_batches
 from bertling.distributed import Ranks
 from bertling.files import BertlingError
-from bertling.labelled import load_labelled
+from bertling.labelled import LabelledTexts, load_labelled
 from bertling.model import BertForMaskedLM, BertForSequenceClassification
 from bertling.prepare import prepare
 from bertling.presets import preset_config
@@ -212,6 +212,8 @@ def test_a_classifier_trains_on_sums_and_knows_its_floors(work: Path, tiny_token
     floors = classification_floors(train, dev)
     assert floors["floor/majority"] == 0.5
     assert floors["floor/bag_of_words"] > 0.8  # a word tells the class
+    many = LabelledTexts(train.path, [f"text {i}" for i in range(600)], np.arange(600))
+    assert classification_floors(many, many) == {"floor/majority": pytest.approx(1 / 600)}
     task = ClassificationTask(train, dev, tiny_tokenizer, batch_size=7, seq_len=SEQ_LEN, seed=1, floors=floors)
     assert task.steps_per_epoch == 9
     model = make_model(BertForSequenceClassification, tiny_tokenizer).eval()

@@ -3,6 +3,7 @@
 import math
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from bertling.samples import open_samples
 from bertling.settings import parse_settings
 from bertling.tasks import classifier_batches, evaluate_classifier
 from bertling.text import TextOptions
-from bertling.tokenizer import Tokenizer
+from bertling.tokenizer import Tokenizer, train_vocabulary
 from bertling.tools.anatomy import anatomy
 from bertling.tools.evaluate import evaluate
 from bertling.tools.vocab import make_vocabulary
@@ -63,6 +64,43 @@ def test_an_existing_folder_keeps_its_other_files_even_on_failure(
     with pytest.raises(BertlingError, match="the disk is full"):
         make_vocabulary([TEXT], tmp_path, 250, options=TextOptions(), force=True)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_vocabulary_made_meanwhile_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = Tokenizer.load(VOCAB)
+
+    def train(*arguments: Any, **options: Any) -> Tokenizer:
+        (tmp_path / "v").mkdir()
+        other.save(tmp_path / "v")
+        return train_vocabulary(*arguments, **options)
+
+    monkeypatch.setattr("bertling.tools.vocab.train_vocabulary", train)
+    with pytest.raises(BertlingError, match=r"vocab\.txt: exists already; give --force"):
+        make_vocabulary([TEXT], tmp_path / "v", 250, options=TextOptions())
+    assert Tokenizer.load(tmp_path / "v").entries == other.entries
+
+
+def test_words_that_no_vocabulary_can_spell_count_for_nothing(tmp_path: Path) -> None:
+    genome = "".join("acgt"[i * i % 7 % 4] for i in range(3000))
+    (tmp_path / "mixed.txt").write_text(TEXT.read_text() + f"\nthe genome {genome} ends\n" * 50)
+    for name, text in (("plain", TEXT), ("mixed", tmp_path / "mixed.txt")):
+        make_vocabulary([text], tmp_path / name, 320, options=TextOptions())
+    entries = [set(Tokenizer.load(tmp_path / name).entries) for name in ("plain", "mixed")]
+    assert not [entry for entry in entries[1] - entries[0] if len(entry.strip("#")) > 2 and set(entry) <= set("#acgt")]
+    (tmp_path / "genome.txt").write_text(f"{genome}\n" * 9)
+    with pytest.raises(BertlingError, match="no text to make it from; give files with words of up to 100 characters"):
+        make_vocabulary([tmp_path / "genome.txt"], tmp_path / "none", 320, options=TextOptions())
+
+
+def test_files_may_follow_one_input(tmp_path: Path) -> None:
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_text(TEXT.read_text() if name == "a" else "zebra quagga zebra quagga\n" * 99)
+    words = ["-i", tmp_path / "a.txt", tmp_path / "b.txt", "-o", tmp_path / "v", "--size", 320]
+    assert bertling("vocab", *words).status == 0
+    assert "zebra" in Tokenizer.load(tmp_path / "v").entries
+    rows = ["-l", "x", "-o", tmp_path / "d", "-m", 16, "-v", tmp_path / "v", "--workers", 1, "--json"]
+    both = bertling("prepare", *words[:3], *rows).answer
+    assert both["tokens"] > bertling("prepare", *words[:2], *rows, "--force").answer["tokens"]
 
 
 def test_any_file_of_a_vocabulary_is_kept_without_force(tmp_path: Path) -> None:

@@ -183,6 +183,8 @@ def test_what_cannot_be_trained_is_said(work: Path) -> None:
     nothing = (
         rf"the training to verify failed: pattern 'nothing_\*': matches nothing in {re.escape(str(work))}/datasets"
     )
+    with pytest.raises(BertlingError, match="--from-scratch: is for a fine-tuning"):
+        verify_resume(Settings(), frozenset(), cp=None, from_scratch=True, steps=9, kills=1, seed=1, say=print)
     with pytest.raises(BertlingError, match=nothing):
         check(work, dataset_pattern="nothing_*")
 

@@ -43,13 +43,19 @@ class TrainingState:
     tensors: dict[str, Tensor]
     """The optimizers' tensors under flat names."""
 
-    def check_data(self, run: Path, data: Sequence[tuple[str, int]]) -> None:
-        """Refuse to go on with data sets (names and rows) other than those that the run was trained on."""
-        for (name, rows), (before, rows_before) in zip(data, self.numbers.get("data") or data, strict=True):
-            if (name, rows) != (before, rows_before):
+    def check_data(self, run: Path, data: Sequence[tuple[str, int, str]]) -> None:
+        """Refuse to go on with data sets (name, rows, sum of the content) other than those that the run was trained on.
+
+        A sum is "" where it was not taken.
+        """
+        for (name, rows, content), known in zip(data, self.numbers.get("data") or data, strict=True):
+            before, rows_before, content_before = (*known, "")[:3]
+            same = (name, rows) == (before, rows_before)
+            if not same or (content and content_before and content != content_before):
                 raise BertlingError(
-                    f"{run}: was trained on {before} of {rows_before:,} rows, and now it is {name} of {rows:,}; put "
-                    "the data back, or start a new run from its weights with --cp and a new --run-id"
+                    f"{run}: was trained on {before} of {rows_before:,} rows, and now it is {name} of {rows:,}"
+                    f"{' others' if same else ''}; put the data back, or start a new run from its weights with --cp "
+                    "and a new --run-id"
                 )
 
 

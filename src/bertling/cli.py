@@ -6,6 +6,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, TextIO, cast
 
@@ -25,7 +26,7 @@ from bertling.options import (
     training_options,
     was_given,
 )
-from bertling.settings import Settings, default_files, key_of, read_settings
+from bertling.settings import Settings, concerns, default_files, key_of, read_settings
 
 STOPPED = 3
 """Exit status of a training that was asked to stop, and saved."""
@@ -67,6 +68,7 @@ def quickstart(folder: Path, minutes: float, steps: int | None, megabytes: float
 @json_option
 def vocab(
     inputs: tuple[Path, ...],
+    more: tuple[Path, ...],
     wikitext: bool | None,
     text_field: str,
     output: Path,
@@ -80,7 +82,7 @@ def vocab(
     from bertling.tools.vocab import make_vocabulary
 
     options = TextOptions(wikitext=wikitext, text_field=text_field)
-    result = make_vocabulary(inputs, output, size, lowercase=not cased, options=options, force=force)
+    result = make_vocabulary([*inputs, *more], output, size, lowercase=not cased, options=options, force=force)
     answer(result, f"{output}: {result['entries']:,} entries, {result['seconds']:.1f} s", as_json)
 
 
@@ -90,6 +92,7 @@ def vocab(
 @json_option
 def prepare(
     inputs: tuple[Path, ...],
+    more: tuple[Path, ...],
     wikitext: bool | None,
     text_field: str,
     clean: bool,
@@ -110,7 +113,7 @@ def prepare(
 
     with clean_end(), ByteProgress("preparing") as progress:
         card = run_prepare(
-            inputs,
+            [*inputs, *more],
             label,
             output,
             max_len,
@@ -179,10 +182,14 @@ def pretrain(context: click.Context, configs: tuple[Path, ...], cp: Path | None,
                 "best_accuracy": outcome.best_accuracy if outcome.best_step else None,
                 "best_step": outcome.best_step,
                 "skipped_steps": outcome.skipped_steps,
+                **outcome.floors,
+                "protocol": outcome.protocol,
             },
             f"{outcome.run}: step {outcome.step:,}, {outcome.seconds / 60:.1f} minutes, validation accuracy "
             f"{outcome.metrics.get('eval/accuracy', 0.0):.1%}, loss {outcome.metrics.get('eval/loss', 0.0):.3f}"
-            + ("" if outcome.evaluated_step == outcome.step else f" at step {outcome.evaluated_step:,}"),
+            + ("" if outcome.evaluated_step == outcome.step else f" at step {outcome.evaluated_step:,}")
+            + f"\nof {outcome.protocol}; the commonest token alone {outcome.floors['floor/unigram']:.1%}, unigram loss "
+            f"{outcome.floors['floor_loss/unigram']:.3f}",
             as_json,
         )
     draw([outcome.run] if outcome.finished else [])
@@ -247,11 +254,16 @@ def begin(command: str, configs: tuple[Path, ...], flags: dict[str, Any], cp: Pa
             say(f"note: {configs[0]} was not read: a resumed run keeps the settings in its own config.ini")
         for name, other, used in (
             ("nproc", "ddp; this is a single process", start.settings.ddp),
+            ("dist_master_addr", "ddp", start.settings.ddp),
+            ("dist_master_port", "ddp", start.settings.ddp),
             ("muon_learning_rate", "optimizer = muon", start.settings.optimizer == "muon"),
             ("cooldown", "schedule = trapezoid", start.settings.schedule == "trapezoid"),
         ):
             if name in start.explicit and not used:
                 say(f"note: {key_of(name)} counts only together with {other}")
+        settings = [item for item in fields(Settings) if item.name in start.explicit and not concerns(item, command)]
+        if settings:
+            say(f"note: {command} has no use for {', '.join(key_of(item.name) for item in settings)}")
     return start
 
 

@@ -36,10 +36,10 @@ from bertling.pretrain import (
     say_loaded,
     sized_config,
 )
-from bertling.runs import SEEDS_PLAN, Outcome, Start, check_free, open_shared_run
+from bertling.runs import SEEDS_PLAN, Outcome, Start, check_free, check_steps, open_shared_run
 from bertling.runtime import Runtime, build_runtime
 from bertling.settings import Settings, settings_line
-from bertling.tasks import ClassificationTask, classification_floors, evaluate_classifier
+from bertling.tasks import ClassificationTask, classification_floors
 from bertling.tokenizer import Tokenizer
 from bertling.train import Trainer
 
@@ -109,15 +109,20 @@ class FinetuneResult:
         if all_of.sd is not None and all_of.low is not None and all_of.high is not None:
             lines = [
                 f"accuracy, mean of {all_of.n} seeds: {all_of.mean:.1%}, sd {all_of.sd:.1%}, 95 % interval "
-                f"{all_of.low:.1%} to {all_of.high:.1%}; collapsed: {self.to_dict()['collapsed']}"
+                f"{max(0.0, all_of.low):.1%} to {min(1.0, all_of.high):.1%}; collapsed: {self.to_dict()['collapsed']}"
             ]
-        lines.append(
-            f"floors: majority class {self.floors['floor/majority']:.1%}, bag of words "
-            f"{self.floors.get('floor/bag_of_words', 0.0):.1%}"
-        )
+        lines.append(floors_line(self.floors))
         last = f"seed {self.seeds[-1].seed}: " if len(self.seeds) > 1 else ""
         lines.append(f"{last}macro-F1 {one['macro_f1']:.3f}; confusion (rows: true class) {one['confusion']}")
         return "\n".join(lines)
+
+
+def floors_line(floors: dict[str, float]) -> str:
+    """What is reached without a network; a bag of words is not tried where there are very many classes."""
+    words = floors.get("floor/bag_of_words")
+    return f"floors: majority class {floors['floor/majority']:.1%}" + (
+        "" if words is None else f", bag of words {words:.1%}"
+    )
 
 
 def finetune(start: Start, say: Say, *, from_scratch: bool = False) -> FinetuneResult:
@@ -136,10 +141,7 @@ def finetune(start: Start, say: Say, *, from_scratch: bool = False) -> FinetuneR
             f"{', '.join(train.id2label.values())}"
         )
         floors = classification_floors(train, dev) if ranks.first else {"floor/majority": 0.0}
-        say(
-            f"floors: majority class {floors['floor/majority']:.1%}, bag of words "
-            f"{floors.get('floor/bag_of_words', 0.0):.1%}"
-        )
+        say(floors_line(floors))
         plan = plan_of(start)
         results = [saved_result(start.run.parent / name) for name in plan.runs[:-1]] if start.run else []
         for number in range(len(results), plan.seeds):
@@ -246,6 +248,7 @@ def train_seed(
         train, dev, tokenizer, batch_size=settings.batch_size, seq_len=seq_len, seed=settings.seed, floors=floors
     )
     steps = total_steps(settings, task.steps_per_epoch)
+    check_steps(start, steps)
     settings = replace(as_trained(start, model.config, seq_len), dropout=settings.dropout)
     say(settings_line(settings, "finetune"))
     say(
@@ -268,8 +271,11 @@ def train_seed(
                 keep_origin(start.checkpoint, run / ORIGIN)
             write_json(run / SEEDS_PLAN, vars(replace(plan, runs=(*plan.runs, run.name))))
         outcome = Trainer(task, model, tokenizer, settings, runtime, ranks, run, state=start.state).train()
-    scores = evaluate_classifier(model, dev, task.dev_batches, runtime)
-    return SeedResult(settings.seed, outcome, scores)
+    if (
+        outcome.evaluated_step != outcome.step or not task.latest
+    ):  # it was stopped in between, or had nothing left to do
+        task.evaluate(model, runtime, ranks)
+    return SeedResult(settings.seed, outcome, task.latest)
 
 
 def keep_origin(checkpoint: Path, origin: Path) -> None:

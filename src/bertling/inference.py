@@ -88,6 +88,8 @@ class _Reader:
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         for text in texts:
+            if not isinstance(text, str):
+                raise BertlingError(f"text {shorten(text)}: is of type {type(text).__name__}; give strings")
             check_text(f"text {shorten(text)}", text)
         return self.tokenizer.encode_batch(texts)
 
@@ -138,11 +140,8 @@ class FillMask(_Reader):
             raise BertlingError(f"top-k {top_k}: must lie between 1 and the vocabulary's {self.tokenizer.vocab_size}")
         texts = [texts] if isinstance(texts, str) else list(texts)
         encoded = self.encode(texts)
-        rows = [self._window(text, ids) for text, ids in zip(texts, encoded, strict=True)]
-        answers = [
-            Filled(text=text, masks=[], truncated=len(row) < len(ids))
-            for text, row, ids in zip(texts, rows, encoded, strict=True)
-        ]
+        windows = [self._windows(text, ids) for text, ids in zip(texts, encoded, strict=True)]
+        rows = [row for of_text in windows for row, _ in of_text]
 
         def likeliest(batch: _Batch) -> tuple[list[int], list[list[int]], list[list[float]]]:
             """For each mask the row that it stands in, the best entries, and their probabilities."""
@@ -153,26 +152,38 @@ class FillMask(_Reader):
             probabilities, entries = logits.softmax(-1).topk(top_k)  # [M, top_k] each
             return (positions // batch.input_ids.shape[1]).tolist(), entries.tolist(), probabilities.tolist()
 
+        ranked: list[list[list[tuple[str, float]]]] = [[] for _ in rows]
         for places, found in self.each(rows, likeliest):
             for row, ids, values in zip(*found, strict=True):
-                answers[places[row]]["masks"].append(list(zip(self.tokenizer.tokens(ids), values, strict=True)))
-        return answers
+                ranked[places[row]].append(list(zip(self.tokenizer.tokens(ids), values, strict=True)))
+        found_in = iter(ranked)
+        return [
+            Filled(
+                text=text,
+                masks=[answer for _, last in of_text for answer in next(found_in)[-last:]],
+                truncated=len(of_text[0][0]) < len(ids),
+            )
+            for text, of_text, ids in zip(texts, windows, encoded, strict=True)
+        ]
 
-    def _window(self, text: str, ids: list[int]) -> list[int]:
-        """The ids, or as many around the masks as the model reads."""
+    def _windows(self, text: str, ids: list[int]) -> list[tuple[list[int], int]]:
+        """The ids, or as many around the masks as the model reads; masks further apart have windows of their own.
+
+        With each window how many of its masks, the last ones, are to be answered there: others were seen from before.
+        """
         masks = [place for place, token in enumerate(ids) if token == self.tokenizer.mask_id]
         if not masks:
             raise BertlingError(f"text {shorten(text)}: has no [MASK]; write [MASK] where a word is to be found")
         if len(ids) <= self.limit:
-            return ids
-        if masks[-1] - masks[0] >= self.limit:
-            raise BertlingError(
-                f"text {shorten(text)}: its [MASK]s are further apart than the {self.limit} tokens that this model "
-                "reads; split it"
-            )
-        middle = (masks[0] + masks[-1]) // 2
-        start = min(max(0, middle - (self.limit - 1) // 2), len(ids) - self.limit)
-        return ids[start : start + self.limit]
+            return [(ids, len(masks))]
+        windows = []
+        while masks:
+            together = [place for place in masks if place - masks[0] < self.limit]
+            masks = masks[len(together) :]
+            middle = (together[0] + together[-1]) // 2
+            start = min(max(0, middle - (self.limit - 1) // 2), len(ids) - self.limit)
+            windows.append((ids[start : start + self.limit], len(together)))
+        return windows
 
 
 class Classifier(_Reader):

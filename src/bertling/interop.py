@@ -96,7 +96,10 @@ def from_hf(
     stored = stored_head(config)
     wanted = head or stored
     if wanted is None:
-        raise BertlingError("config.json: 'architectures' names no head that we know; say which head is wanted")
+        raise BertlingError(
+            f"config.json: architectures = {config.get('architectures')!r:.60}: neither masked words nor classes; only "
+            "finetune can use it, which gives its encoder a head of its own"
+        )
     own_labels = num_labels is None and id2label is None
     if wanted == stored == "classification" and ours.num_labels == 1 and own_labels:
         raise BertlingError("config.json: one label: this model gives a number to each text, not a class; use another")

@@ -3,7 +3,10 @@
 Shapes: B texts, T tokens (the longest of the batch, rounded up).
 """
 
+import hashlib
+import json
 import re
+import warnings
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -24,6 +27,8 @@ from bertling.tokenizer import Tokenizer
 SST2_NAMES = ("negative", "positive")
 PARQUET = "{}-00000-of-00001.parquet"  # how its files are called, by split
 MAX_CLASSES = 10_000
+BAG_CLASSES = 500
+"""Classes up to which a bag of words is tried: its time and memory grow with them."""
 TEXTS_AT_ONCE = 4096
 """Texts that are tokenized together: the library's results are many times as large as the ids."""
 CHUNK_BATCHES = 50
@@ -52,6 +57,12 @@ class LabelledTexts:
     def id2label(self) -> dict[int, str]:
         """The classes' names by number, as a model's configuration keeps them."""
         return dict(enumerate(self.names or (str(i) for i in range(self.num_labels))))
+
+    @property
+    def content(self) -> str:
+        """A sum over texts and labels, the same for the same ones."""
+        labels = [] if self.labels is None else self.labels.tolist()
+        return hashlib.sha256(json.dumps([self.texts, labels]).encode()).hexdigest()[:16]
 
 
 def load_labelled(
@@ -298,7 +309,9 @@ def bag_of_words_floor(train: LabelledTexts, dev: LabelledTexts) -> float:
 
     vectorizer = TfidfVectorizer(ngram_range=(1, 2), token_pattern=r"\w+|[^\w\s]", sublinear_tf=True)
     model = LogisticRegression(max_iter=1000)
-    model.fit(vectorizer.fit_transform(train.texts), check_training(train))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The number of unique classes")  # whether they are numbers: they are not
+        model.fit(vectorizer.fit_transform(train.texts), check_training(train))
     return float((model.predict(vectorizer.transform(dev.texts)) == labels_of(dev)).mean())
 
 

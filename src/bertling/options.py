@@ -158,8 +158,9 @@ input_options = together(
         type=PATH,
         multiple=True,
         required=True,
-        help="text file: .txt .jsonl .parquet, also .gz .xz .zst; may be given several times",
+        help="text file: .txt .jsonl .parquet, also .gz .xz .zst; several may follow",
     ),
+    click.argument("more", type=PATH, nargs=-1),
     click.option(
         "--wikitext/--no-wikitext",
         default=None,
@@ -189,8 +190,8 @@ prepare_options = together(
     ),
     choice_option(
         "--format",
-        ["shards", "msgpack"],
-        "shards: masks drawn in training; msgpack: static masks, the original project's layout",
+        ["shards", "msgpack", "msgpack-plain"],
+        "shards: masks drawn in training; msgpack: static masks, the original project's layout; -plain: not compressed",
     ),
     click.option("--val-input", "val_inputs", type=PATH, multiple=True, help="official validation file"),
     click.option("--test-input", "test_inputs", type=PATH, multiple=True, help="official test file"),

@@ -26,7 +26,7 @@ from bertling.tokenizer import Tokenizer
 
 Progress = Callable[[int, int], None]
 
-FORMATS = {"shards": "", "msgpack": ".msgpack.gz"}  # how the names of what holds a split end
+FORMATS = {"shards": "", "msgpack": ".msgpack.gz", "msgpack-plain": ".msgpack"}  # how a split's name ends
 ROWS_AT_ONCE = 4096
 _MASKS, _ROW_HASH = 12, 13
 """Keep the random streams of one seed apart."""
@@ -147,7 +147,7 @@ def _check(layout: Layout, inputs: Sequence[Path]) -> None:
     if layout.method not in ("split", "segment"):
         raise BertlingError(f"method: must be split or segment, not '{layout.method}'")
     if layout.format not in FORMATS:
-        raise BertlingError(f"format: must be shards or msgpack, not '{layout.format}'")
+        raise BertlingError(f"format: must be one of {', '.join(FORMATS)}, not '{layout.format}'")
     refuse_file(layout.output, "the prepared data")
 
 
@@ -250,11 +250,11 @@ def _write(parts: dict[str, Part], layout: Layout, force: bool, held: ExitStack)
                 rows = _hashed(_piece_rows(part, layout), layout, hashes)
             else:
                 rows = _hashed(_packed_rows(part, layout, keep_last=name != "train"), layout, hashes)
-            if layout.format == "msgpack":
+            if layout.format != "shards":
                 tally = Tally(layout.tokenizer.vocab_size, layout.tokenizer.pad_id)
-                file = stack.enter_context(atomic_file(target))
-                with readable_errors(target), file.open("wb") as raw:
-                    write_pairs(raw, _masked(rows, layout, name, tally), _row_count(part, layout, name), zipped=True)
+                pairs, count = _masked(rows, layout, name, tally), _row_count(part, layout, name)
+                with readable_errors(target), stack.enter_context(atomic_file(target)).open("wb") as raw:
+                    write_pairs(raw, pairs, count, zipped=target.suffix == ".gz")
             else:
                 folder = stack.enter_context(atomic_folder(target, force=force))
                 with readable_errors(target):

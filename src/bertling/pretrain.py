@@ -19,7 +19,7 @@ from bertling.distributed import Ranks
 from bertling.files import BertlingError
 from bertling.model import BertEncoder, BertForMaskedLM, Block, count_parameters
 from bertling.presets import ModelConfig, preset_config
-from bertling.runs import Outcome, Start, data_paths, open_shared_run
+from bertling.runs import Outcome, Start, check_steps, data_paths, open_shared_run
 from bertling.runtime import Runtime, build_runtime
 from bertling.samples import Samples, open_samples
 from bertling.settings import Settings, key_of, settings_line
@@ -54,6 +54,7 @@ def pretrain(start: Start, say: Say) -> Outcome:
             model = fresh_model(settings, data, ranks)
         prepared = time.perf_counter() - began
         task = masked_lm_task(settings, data)
+        check_steps(start, total_steps(settings, task.steps_per_epoch))
         settings = as_trained(start, model.config, task.train.seq_len)
         say(settings_line(settings, "pretrain"))
         introduce(model, task, data, settings, runtime, ranks, say)
@@ -261,6 +262,8 @@ def load_data(start: Start, tokenizer: Tokenizer | None, say: Say) -> MaskedLMDa
     train, val = [open_samples(path) for path in train_paths], open_samples(val_paths[0])
     if len(val_paths) > 1:
         say(f"{len(val_paths)} data sets match val-dataset-pattern: {val.path.name} is evaluated on")
+    if any(samples.path.samefile(val.path) for samples in train):
+        say(f"warning: {val.path.name} is trained on too: its scores say nothing of other text; narrow dataset-pattern")
     if "seq_len" in explicit and settings.seq_len != train[0].seq_len:
         raise BertlingError(
             f"seq-len = {settings.seq_len}: {train[0].path} was prepared with rows of {train[0].seq_len}; prepare it "

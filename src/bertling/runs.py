@@ -4,7 +4,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,9 @@ FIXED = (
     "optimizer seed whole_word_masking dataset_pattern val_dataset_pattern text_column label_column schedule dtype "
     "seeds freeze_blocks"
 ).split()
+
+LENGTHS = ("max_iters", "max_minutes", "epochs")
+"""What ends a run. One of several seeds keeps that too: their mean is over equal trainings."""
 
 BUSY = (
     "{}: another process is training this run; let it finish or stop it (Ctrl-C saves), or start a new run from its "
@@ -72,6 +75,9 @@ class Outcome:
     """The one that the metrics belong to: the last, unless it was stopped in between."""
     stopped: bool = False
     """Whether it was asked to stop, if only at its very end: nothing is to follow."""
+    protocol: str = ""
+    """What its accuracy is of."""
+    floors: dict[str, float] = field(default_factory=dict)
 
 
 def resolve_start(
@@ -107,10 +113,16 @@ def resolve_start(
     notes = [f"{fault.partition(';')[0]}: passed over" for fault in faults]
     if faults:
         notes.append(f"going on from {checkpoint.name}, the newest checkpoint that is intact")
+    furthest = state
+    if checkpoint == cp:  # named itself, and perhaps not the newest
+        furthest = load_state(newest_intact(run / "checkpoints")[0]) or state
+    step, done = state.numbers.get("step", 0), furthest.numbers.get("step", 0)
+    if step < done:
+        notes.append(f"back from step {done:,} to step {step:,}: all after it is given up; a new --run-id keeps both")
     notes += mend_record(run, state)
     settings, _ = resolve(command, [run / "config.ini"], flags)
     before, _ = resolve(command, [run / "config.ini"], {})
-    for name in FIXED:
+    for name in (*FIXED, *LENGTHS) if seeds_plan(run).get("seeds", 1) > 1 else FIXED:
         if getattr(settings, name) != getattr(before, name):
             was = seeds_plan(run).get(name, getattr(before, name))
             raise BertlingError(
@@ -119,7 +131,7 @@ def resolve_start(
                 "with a new --run-id"
             )
     if is_finished(run) and not seeds_left(run):
-        check_longer(run, settings, before, flags, state)
+        check_longer(run, settings, before, flags, furthest)
     # The run's file holds defaults too: explicit is what was given now.
     return Start(settings, frozenset(flags), run, checkpoint, state, tuple(notes))
 
@@ -220,7 +232,7 @@ def data_paths(start: Start) -> tuple[list[Path], list[Path]]:
     settings = start.settings
     known = start.state.numbers.get("data") if start.state else None
     if known:
-        *trained, scored = (settings.base_dir / "datasets" / str(name) for name, _ in known)
+        *trained, scored = (settings.base_dir / "datasets" / str(name) for name, *_ in known)
         for path in (*trained, scored):
             if not path.exists():
                 raise BertlingError(
@@ -252,7 +264,9 @@ def check_longer(
     run: Path, settings: Settings, before: Settings, flags: Mapping[str, Any], state: TrainingState
 ) -> None:
     """A finished run goes on only beyond the limits that it has reached."""
-    if not {"max_iters", "max_minutes", "epochs"} & flags.keys():
+    if seeds_plan(run).get("seeds", 1) > 1:
+        raise BertlingError(f"{run}: is finished, and so are the other seeds; start a new run with a new --run-id")
+    if not set(LENGTHS) & flags.keys():
         raise BertlingError(f"{run}: is finished; raise --max-iters (or --max-minutes, --epochs) to train it further")
     reached = {"max_iters": state.numbers.get("step", 0), "max_minutes": state.numbers.get("seconds", 0) / 60}
     for name, value in reached.items():
@@ -266,6 +280,19 @@ def check_longer(
     epochs = epochs_of(before) or 0
     if settings.epochs is not None and settings.epochs <= epochs and not ended_by_them:
         raise BertlingError(f"{run}: is finished: it has done its epochs = {epochs:g}; raise --epochs")
+
+
+def check_steps(start: Start, total_steps: int | None) -> None:
+    """Refuse settings that end the run to go on in before its next step."""
+    if start.run is None or start.state is None or total_steps is None:
+        return
+    step = int(start.state.numbers.get("step", 0))
+    at_its_end = step == total_steps and is_finished(start.run) and not seeds_left(start.run)
+    if step > total_steps or at_its_end:
+        raise BertlingError(
+            f"{start.run}: has done {step:,} steps, and these settings end it after {total_steps:,}; raise what ends "
+            "it, --max-iters or --epochs"
+        )
 
 
 @contextmanager

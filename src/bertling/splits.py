@@ -51,6 +51,8 @@ def parse_shares(text: str | None) -> tuple[float, float, float] | None:
 def shares_of(split: tuple[float, float, float] | None, has_val: bool, has_test: bool) -> dict[str, float]:
     """Shares of `inputs` for each split that is cut from it; they add up to 1."""
     given = {"val": has_val, "test": has_test}
+    if split is not None and has_val and has_test:
+        raise BertlingError("split: val-input and test-input are given, so that nothing is left to cut; leave it out")
     if split is None:
         split = (1.0, 0.0, 0.0) if has_val or has_test else DEFAULT_SPLIT
     if len(split) != 3 or not all(math.isfinite(s) and s >= 0 for s in split) or abs(sum(split) - 1) > 1e-3:

@@ -18,7 +18,7 @@ from bertling.batches import Batch, MaskedBatches
 from bertling.distributed import Ranks
 from bertling.files import BertlingError
 from bertling.illustrate import Illustration, illustrate
-from bertling.labelled import LabelledBatches, LabelledTexts, PlacedBatch
+from bertling.labelled import BAG_CLASSES, LabelledBatches, LabelledTexts, PlacedBatch
 from bertling.packed import IGNORED
 from bertling.runtime import Runtime
 from bertling.samples import Samples, unigram_floors
@@ -43,8 +43,10 @@ class Task(Protocol):
 
     floors: dict[str, float]
     steps_per_epoch: float
-    data: list[tuple[str, int]]
-    """What is trained on, and last what is evaluated on: names and rows, by which a resumed run knows its data."""
+    data: list[tuple[str, int, str]]
+    """What is trained on, and last what is evaluated on: names, rows, sums, by which a resumed run knows its data."""
+    protocol: str
+    """What an accuracy is of: it stands beside the figures of a run."""
 
     def micro_batches(self, step: int, *, rank: int, world_size: int, micro_batch_size: int) -> tuple[list[Batch], int]:
         """This rank's micro-batches of the step, and the scored items of the whole global batch."""
@@ -93,8 +95,9 @@ class MaskedLMTask:
         self.val, self.tokenizer = val, tokenizer
         self.steps_per_epoch = self.train.steps_per_epoch
         self.floors = mlm_floors(train, val, tokenizer)
+        self.protocol = mlm_protocol(val, tokenizer)
         self.data = [
-            (os.path.relpath(samples.path, data_folder or samples.path.parent), samples.rows)
+            (os.path.relpath(samples.path, data_folder or samples.path.parent), samples.rows, "")
             for samples in (*train, val)
         ]
 
@@ -169,6 +172,15 @@ def odd_data(train: MaskedBatches, tokenizer: Tokenizer, looked_at: int = 2048) 
     return odd
 
 
+def mlm_protocol(val: Samples, tokenizer: Tokenizer) -> str:
+    """What an accuracy on these rows is of: how many, which masks, how many answers there are to choose from."""
+    masks = f"{EVAL_MASKS.mlm_probability:.0%} of the ordinary tokens masked, 80/10/10, seed {EVAL_MASKS.seed}"
+    return (
+        f"all {val.rows:,} rows of {val.seq_len}; {'masks as stored in the file' if val.labels else masks}; "
+        f"vocabulary of {tokenizer.vocab_size:,}"
+    )
+
+
 def mlm_floors(train: Sequence[Samples], scored: Samples, tokenizer: Tokenizer) -> dict[str, float]:
     """What a model without context reaches on `scored`: the accuracy and cross-entropy of the unigram model."""
     size = tokenizer.vocab_size
@@ -238,7 +250,10 @@ class ClassificationTask:
         self.dev = dev
         self.dev_batches = classifier_batches(dev, tokenizer, seq_len)
         self.floors = floors
-        self.data = [(texts.path.name, len(texts.texts)) for texts in (train, dev)]
+        self.protocol = f"all {len(dev.texts):,} texts"
+        self.latest: dict[str, Any] = {}
+        """The scores of the latest evaluation, with the confusion matrix."""
+        self.data = [(texts.path.name, len(texts.texts), texts.content) for texts in (train, dev)]
 
     def micro_batches(self, step: int, *, rank: int, world_size: int, micro_batch_size: int) -> tuple[list[Batch], int]:
         return self.train.micro_batches(step, rank=rank, world_size=world_size, micro_batch_size=micro_batch_size)
@@ -255,7 +270,7 @@ class ClassificationTask:
 
     def evaluate(self, model: nn.Module, runtime: Runtime, ranks: Ranks) -> dict[str, float]:
         # The dev sets of classification are small: every process scores all of it, and nothing has to be exchanged.
-        scores = evaluate_classifier(model, self.dev, self.dev_batches, runtime)
+        scores = self.latest = evaluate_classifier(model, self.dev, self.dev_batches, runtime)
         return {"eval/loss": scores["loss"], "eval/accuracy": scores["accuracy"], "eval/macro_f1": scores["macro_f1"]}
 
     def illustrate(self, model: nn.Module, runtime: Runtime, turn: int) -> None:
@@ -266,7 +281,7 @@ def classification_floors(train: LabelledTexts, dev: LabelledTexts) -> dict[str,
     """What is reached without a neural network: the commonest class, and a logistic regression on words."""
     return {
         "floor/majority": labelled.majority_floor(train, dev),
-        "floor/bag_of_words": labelled.bag_of_words_floor(train, dev),
+        **({"floor/bag_of_words": labelled.bag_of_words_floor(train, dev)} if train.num_labels <= BAG_CLASSES else {}),
     }
 
 

@@ -32,6 +32,7 @@ _USUAL = {
 """What a tokenizer_config.json may say if its ids are to be BERT's."""
 _ALPHABET_SHARE = 4  # at most one entry in so many is spent on a rarer character
 _SPECIAL = re.compile("|".join(map(re.escape, SPECIAL_TOKENS)))
+_LONGEST = 100  # characters of a word that is taken apart; a longer one is [UNK], as in BERT's own tokenizer
 
 
 class Tokenizer:
@@ -232,12 +233,13 @@ def train_vocabulary(lines: Iterable[str], size: int, *, lowercase: bool = True,
 
     The lines are read twice (give a list or `text.Lines`): once for the alphabet, once for the words. The same lines
     give the same vocabulary, byte for byte. A piece is made only of pairs seen `min_frequency` times. Names of special
-    tokens in the lines, as [UNK] for WikiText's `<unk>`, count for nothing: they have their entries.
+    tokens in the lines, as [UNK] for WikiText's `<unk>`, count for nothing: they have their entries. Nor do words of
+    more than 100 characters, which are [UNK] whatever the vocabulary.
     """
     if iter(lines) is lines:
         raise TypeError("lines are read twice: give a list or text.Lines, not an iterator")
     normalizer, splitter = normalizers.BertNormalizer(lowercase=lowercase), pre_tokenizers.BertPreTokenizer()
-    counted = _count_characters(_without_special(lines), normalizer)
+    counted = _count_characters(_countable(lines, normalizer, splitter), normalizer)
 
     def entries(size: int) -> list[str]:
         alphabet = _alphabet(counted, size)
@@ -253,7 +255,7 @@ def train_vocabulary(lines: Iterable[str], size: int, *, lowercase: bool = True,
         )
         backend = tokenizers.Tokenizer(models.WordPiece(unk_token="[UNK]"))
         backend.normalizer, backend.pre_tokenizer = normalizer, splitter
-        backend.train_from_iterator(_without_special(lines), trainer)
+        backend.train_from_iterator(_countable(lines, normalizer, splitter), trainer)
         ids = backend.get_vocab(with_added_tokens=False)
         return sorted(ids, key=ids.__getitem__)
 
@@ -268,9 +270,27 @@ def train_vocabulary(lines: Iterable[str], size: int, *, lowercase: bool = True,
     return Tokenizer(made, lowercase=lowercase)
 
 
-def _without_special(lines: Iterable[str]) -> Iterator[str]:
-    """The trainer would take their names apart and make words of them."""
-    return (_SPECIAL.sub(" ", line) for line in lines)
+def _countable(
+    lines: Iterable[str], normalizer: normalizers.Normalizer, splitter: pre_tokenizers.PreTokenizer
+) -> Iterator[str]:
+    """The lines without the names of special tokens, which the trainer would take apart, and without too long words."""
+    for line in lines:
+        line = _SPECIAL.sub(" ", line)
+        if _may_hold_long_word(line):
+            words = splitter.pre_tokenize_str(normalizer.normalize_str(line))
+            line = " ".join(word for word, _ in words if len(word) <= _LONGEST)
+        yield line
+
+
+def _may_hold_long_word(line: str) -> bool:
+    """Whether somewhere in it more than 100 characters follow each other without a space."""
+    start = 0
+    while start + _LONGEST < len(line):
+        space = line.rfind(" ", start, start + _LONGEST + 1)
+        if space < 0:
+            return True
+        start = space + 1
+    return False
 
 
 def _count_characters(lines: Iterable[str], normalizer: normalizers.Normalizer) -> dict[str, int]:
@@ -288,7 +308,9 @@ def _count_characters(lines: Iterable[str], normalizer: normalizers.Normalizer) 
 def _alphabet(counted: dict[str, int], size: int) -> list[str]:
     """The characters to spend entries on, in code order: rare ones are left out, of equals the later ones."""
     if not counted:
-        raise BertlingError("vocabulary: there is no text to make it from; give files with text in them")
+        raise BertlingError(
+            f"vocabulary: there is no text to make it from; give files with words of up to {_LONGEST} characters"
+        )
     ranked = sorted(counted, key=lambda char: (-counted[char], char))
     covered = np.cumsum([counted[char] for char in ranked]) / sum(counted.values())
     entries = len(SPECIAL_TOKENS) + np.cumsum([1 + _inside_words(char) for char in ranked])
@@ -316,7 +338,6 @@ class FastEncoder:
     """
 
     _PUNCTUATION = ",.()\"'-;:/"  # the frequent marks; none of them is part of a special token's name
-    _LONGEST = 100  # characters of a word worth remembering
 
     def __init__(self, tokenizer: Tokenizer, *, cache_size: int = 300_000) -> None:
         """`cache_size` bounds the number of remembered words (about 200 bytes each)."""
@@ -340,6 +361,6 @@ class FastEncoder:
             self._cache[word] = np.array(ids, dtype=kind).tobytes()
         encoded = b"".join(map(self._cache.__getitem__, words))
         for word in missing:
-            if len(word) > self._LONGEST:
+            if len(word) > _LONGEST:  # not worth remembering
                 del self._cache[word]
         return encoded

@@ -66,7 +66,8 @@ class Trainer:
         self.step, self.seconds, self.examples_shown = 0, 0.0, 0
         self.started = time.perf_counter()  # as if it had been one go: `train` moves it back by earlier seconds
         self.drawn: dict[tuple[int, int], tuple[list[Batch], int]] = {}
-        self.best_accuracy, self.best_step = self.saved_best = -1.0, 0
+        self.best_accuracy, self.best_step = -1.0, 0
+        self.saved_best = self.best_accuracy, self.best_step  # as of the last checkpoint
         self.evaluated_step, self.saved_step, self.failed_saves, self.warned = -1, -1, 0, False
         self.metrics: dict[str, float] = {}
         self.recent_losses: list[Tensor] = []
@@ -394,5 +395,5 @@ class Trainer:
             record(self.run, self.settings, finished=done)
             if not done:
                 log.line(f"stopped at step {self.step:,}, and saved; go on with --cp {self.run}")
-        told = self.metrics, *best, done, self.skipped_steps, self.evaluated_step
-        return Outcome(self.run, self.step, self.clock(), *told, stopped=self.ranks.any(stop()))
+        told = self.metrics, *best, done, self.skipped_steps, self.evaluated_step, self.ranks.any(stop())
+        return Outcome(self.run, self.step, self.clock(), *told, self.task.protocol, self.task.floors)

@@ -15,12 +15,12 @@ from bertling.samples import Samples, open_samples
 from bertling.settings import Settings, parse_settings, read_ini
 from bertling.tables import TABLES, table_ending
 from bertling.tasks import (
-    EVAL_MASKS,
     check_scored,
     classifier_batches,
     evaluate_classifier,
     evaluate_masked_lm,
     mlm_floors,
+    mlm_protocol,
 )
 
 
@@ -104,15 +104,9 @@ def score_masked_lm(loaded: Loaded, data: Path, runtime: Runtime) -> Evaluation:
     figures = evaluate_masked_lm(loaded.model, samples, loaded.tokenizer, runtime)
     check_scored(samples, figures["eval/scored"])
     floors = mlm_floors([samples], samples, loaded.tokenizer)
-    masks = (
-        "masks as stored in the file"
-        if samples.labels
-        else f"{EVAL_MASKS.mlm_probability:.0%} of the ordinary tokens masked, 80/10/10, seed {EVAL_MASKS.seed}"
-    )
     return Evaluation(
-        f"{data.name}, all {samples.rows:,} rows of {samples.seq_len}; {masks}; vocabulary of "
-        f"{loaded.tokenizer.vocab_size:,}; floors of the unigram model from the counts of this data; "
-        f"{runtime.describe()}",
+        f"{data.name}, {mlm_protocol(samples, loaded.tokenizer)}; floors of the unigram model from the counts of this "
+        f"data; {runtime.describe()}",
         {
             "accuracy": figures["eval/accuracy"],
             "loss": figures["eval/loss"],

@@ -81,6 +81,8 @@ def verify_resume(
     Only the length and the intervals of the settings are changed. Everything is written to a folder of its own in the
     work folder, which is removed unless the runs differ.
     """
+    if from_scratch and settings.task_type == "mlm":
+        raise BertlingError("--from-scratch: is for a fine-tuning; these settings have task-type = mlm: leave it out")
     with readable_errors(settings.base_dir):
         folder = settings.base_dir / Path(tempfile.mkdtemp(prefix="verify-resume-", dir=settings.base_dir)).name
     keep = False

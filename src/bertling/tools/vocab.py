@@ -26,12 +26,13 @@ def make_vocabulary(
 ) -> dict[str, Any]:
     """Train a WordPiece vocabulary on the files and write it to `output`; an existing one is kept unless `force`."""
     refuse_file(output, "the vocabulary")
-    for present in (output / name for name in FILES):
-        if present.exists() and not force:
-            raise BertlingError(f"{present}: exists already; give --force to replace it, or choose another folder")
+    if not force:
+        check_free(output)
     began = time.monotonic()
     with ByteProgress("reading") as progress:
         tokenizer = train_vocabulary(Lines(inputs, options, progress, reads=2), size, lowercase=lowercase)
+    if not force:  # another one may have been made meanwhile
+        check_free(output)
     save_into(output, tokenizer)
     return {
         "folder": str(output),
@@ -39,6 +40,13 @@ def make_vocabulary(
         "seconds": time.monotonic() - began,
         "fingerprint": tokenizer.fingerprint,
     }
+
+
+def check_free(output: Path) -> None:
+    """Refuse a folder that holds a vocabulary."""
+    for present in (output / name for name in FILES):
+        if present.exists():
+            raise BertlingError(f"{present}: exists already; give --force to replace it, or choose another folder")
 
 
 def save_into(output: Path, tokenizer: Tokenizer) -> None:
