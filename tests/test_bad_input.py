@@ -194,7 +194,7 @@ def test_flags(world: World, here: Path) -> None:
     refuse(world, here, ["pretrain", "--preset", "brt"], "command line: preset = brt", "did you mean bert?")
     refuse(world, here, ["pretrain", "--d-modl", 3], "No such option", "--d-model", "bertling pretrain --help")
     refuse(world, here, ["pretran"], "No such command 'pretran'", "pretrain", "bertling --help")
-    refuse(world, here, ["export", "-o", "x"], "Missing option '--cp'", "bertling export --help")
+    refuse(world, here, ["export"], "Missing option '-o' / '--output'", "bertling export --help")
     refuse(world, here, ["summary", "--size", "huge"], "size = 'huge'", "mini, small, base")
     refuse(world, here, prepare_words("t", "--split", "a,b"), "split: a,b: must be three numbers")
     refuse(

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -374,6 +375,8 @@ def test_settings_that_say_nothing_beside_the_others_are_named(world: World, tmp
     assert "note: dist-master-port counts only together with ddp" in shared.err
     assert shared.answer["protocol"].endswith("15% of the ordinary tokens masked, 80/10/10, seed 0; vocabulary of 400")
     assert 0 < shared.answer["floor/unigram"] < 1 < shared.answer["floor_loss/unigram"]
+    log = (Path(shared.answer["run"]) / "logs" / "log.txt").read_text()
+    assert re.match(r"settings: .*\nmodel: .*\ndata: .*\ntraining: .*\nfloors on the validation set: ", log)
     used = ["--optimizer", "muon", "--muon-learning-rate", 0.01, "--schedule", "trapezoid", "--cooldown", 0.3]
     assert "counts only" not in bertling("pretrain", *SMALL, "--base-dir", tmp_path, "--max-iters", 1, *used).err
 

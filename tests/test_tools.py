@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 from bertling.checkpoint import load_checkpoint, write_model
 from bertling.files import BertlingError
-from bertling.inference import load
+from bertling.inference import BOX, load
 from bertling.labelled import load_labelled
 from bertling.presets import PRESETS
 from bertling.runtime import build_runtime
@@ -124,6 +124,18 @@ def test_scores_of_a_masked_language_model_are_those_of_its_training(world: Worl
     assert result.text().splitlines()[-1] == f"protocol: {result.protocol}"
     runtime = build_runtime(parse_settings({"device": "cpu", "compile": "false"}))
     assert result.protocol.endswith(f"; {runtime.describe()}")
+
+
+def test_the_model_in_the_box_is_scored_and_exported_where_none_is_named(tmp_path: Path) -> None:
+    (tmp_path / "some.tsv").write_text("sentence\tlabel\na lovely , witty film\t1\nan awful , dull mess\t0\n")
+    assert bertling("evaluate", "--data", tmp_path / "some.tsv", "--json").answer["accuracy"] == 1.0
+    rows = ["-i", TEXT, "-l", "x", "-o", tmp_path, "-m", 32, "-v", BOX, "--split", "1,0,0", "--workers", 1]
+    assert bertling("prepare", *rows).status == 0
+    scored = bertling("evaluate", "--data", tmp_path / "train_x_32_123", "--json")
+    assert "model: the one that comes with bertling" in scored.err
+    assert scored.answer["accuracy"] > 2 * scored.answer["unigram accuracy"]
+    assert bertling("export", "-o", tmp_path / "mine").status == 0
+    assert load(tmp_path / "mine").fill("the [MASK] .")[0]["masks"][0] == load().fill("the [MASK] .")[0]["masks"][0]
 
 
 def test_scores_of_a_classifier_are_those_of_its_answers(world: World) -> None:

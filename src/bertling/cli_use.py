@@ -10,6 +10,7 @@ from bertling.console import answer, clean_end, say, unbroken
 from bertling.options import (
     PATH,
     ask_options,
+    box_option,
     choice_option,
     device_option,
     force_option,
@@ -21,7 +22,7 @@ from bertling.settings import parse_settings
 
 
 @click.command()
-@model_option(required=True)
+@box_option
 @click.option(
     "--data",
     type=PATH,
@@ -33,11 +34,12 @@ from bertling.settings import parse_settings
 @device_option
 @json_option
 def evaluate(
-    cp: Path, data: Path, text_column: str | None, label_column: str | None, device: str, as_json: bool
+    cp: Path | None, data: Path, text_column: str | None, label_column: str | None, device: str, as_json: bool
 ) -> None:
     """Score a checkpoint on a whole data set."""
     from bertling.tools.evaluate import evaluate as run_evaluate
 
+    say_boxed(cp)
     result = run_evaluate(cp, data, text_column=text_column, label_column=label_column, device=device)
     answer(result.to_dict(), result.text(), as_json)
 
@@ -60,14 +62,21 @@ def compare(
     answer(result.to_dict(), result.text(), as_json)
 
 
-def open_model(cp: Path | None, device: str, dtype: str, task: Literal["fill", "classify"] = "fill") -> Any:
-    """The model to ask; without --cp, the one in the box."""
-    with unbroken():
-        from bertling.inference import BOX, load
-        from bertling.runtime import build_runtime
+def say_boxed(cp: Path | None) -> None:
+    """Say whose model it is where none was named."""
+    from bertling.inference import BOX
 
     if cp is None:
         say(f"model: the one that comes with bertling ({BOX / 'README.md'}); --cp takes your own")
+
+
+def open_model(cp: Path | None, device: str, dtype: str, task: Literal["fill", "classify"] = "fill") -> Any:
+    """The model to ask; without --cp, the one in the box."""
+    with unbroken():
+        from bertling.inference import load
+        from bertling.runtime import build_runtime
+
+    say_boxed(cp)
     runtime = build_runtime(parse_settings({"device": device, "dtype": dtype, "compile": "false"}))
     for note in runtime.notes:
         say(f"note: {note}")
@@ -122,7 +131,7 @@ def note_truncated(one: Any, what: str, as_json: bool) -> None:
 
 
 @click.command()
-@model_option(required=False)
+@model_option
 @click.option("--preset", default="modern", show_default=True, help="modern, bert, distilbert or seed")
 @click.option("--size", default="mini", show_default=True, help="mini, small or base")
 @click.option("--vocab-size", type=click.IntRange(8), default=8192, show_default=True)
@@ -188,17 +197,19 @@ def embed(
 
 
 @click.command()
-@model_option(required=True)
+@box_option
 @choice_option("--format", ["hf", "onnx"], "hf: a Hugging Face folder with a model card; onnx: for onnxruntime")
 @click.option("-o", "--output", type=PATH, required=True, help="folder to write")
 @click.option("--int8", is_flag=True, help="onnx: a second file with matrices in 8 bits (dynamic quantization)")
 @force_option("a folder that is there")
 @json_option
-def export(cp: Path, format: str, output: Path, int8: bool, force: bool, as_json: bool) -> None:
+def export(cp: Path | None, format: str, output: Path, int8: bool, force: bool, as_json: bool) -> None:
     """Write a model for others to use, compared with the original before it is done."""
+    from bertling.inference import BOX
     from bertling.tools.export import export as run_export
 
-    result = run_export(cp, output, format, int8=int8, force=force)
+    say_boxed(cp)
+    result = run_export(cp or BOX, output, format, int8=int8, force=force)
     answer(result.to_dict(), result.text(), as_json)
 
 

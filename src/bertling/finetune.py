@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from bertling.pretrain import (
     check_vocabulary,
     find_vocabulary,
     freeze,
+    recorded,
     say_loaded,
     sized_config,
 )
@@ -131,7 +132,7 @@ def finetune(start: Start, say: Say, *, from_scratch: bool = False) -> FinetuneR
     check_origin(start, from_scratch)
     ranks = distributed.join(settings)
     try:
-        say = say if ranks.first else lambda text: None
+        say, told = recorded(say if ranks.first else lambda text: None)
         runtime = build_runtime(settings, local_rank=ranks.local_rank, local_processes=ranks.local_processes)
         for note in runtime.notes:
             say(f"note: {note}")
@@ -140,9 +141,13 @@ def finetune(start: Start, say: Say, *, from_scratch: bool = False) -> FinetuneR
             f"data: {len(train.texts):,} texts to train on, {len(dev.texts):,} to evaluate on, classes: "
             f"{', '.join(train.id2label.values())}"
         )
+        if start.checkpoint is not None:
+            build_classifier(
+                start, train, lambda text: None
+            )  # what does not fit is refused before the floors take time
         floors = classification_floors(train, dev) if ranks.first else {"floor/majority": 0.0}
         say(floors_line(floors))
-        plan = plan_of(start)
+        plan, told = plan_of(start), told.copy()
         results = [saved_result(start.run.parent / name) for name in plan.runs[:-1]] if start.run else []
         for number in range(len(results), plan.seeds):
             one = replace(settings, seed=plan.first_seed + number, seeds=1, run_id=seed_run_id(plan, number))
@@ -152,7 +157,9 @@ def finetune(start: Start, say: Say, *, from_scratch: bool = False) -> FinetuneR
                 origin = kept if kept.is_dir() else None if plan.checkpoint is None else Path(plan.checkpoint)
                 begin = Start(one, start.explicit, checkpoint=origin)
             earlier = tuple(seed.outcome.run.name for seed in results)
-            results.append(train_seed(begin, replace(plan, runs=earlier), train, dev, floors, runtime, ranks, say))
+            results.append(
+                train_seed(begin, replace(plan, runs=earlier), train, dev, floors, runtime, ranks, say, told)
+            )
             # A seed that was stopped early counts only where there is nothing else.
             counted = [seed for seed in results if seed.outcome.finished] or results
             last = results[-1].outcome
@@ -239,9 +246,11 @@ def train_seed(
     runtime: Runtime,
     ranks: Ranks,
     say: Say,
+    told: Sequence[str],
 ) -> SeedResult:
-    """One run."""
+    """One run; `told` was said of all seeds before."""
     settings = start.settings
+    say, told = recorded(say, told)
     model, tokenizer = build_classifier(start, train, say)
     seq_len = min(settings.seq_len, model.config.max_position_embeddings)
     task = ClassificationTask(
@@ -270,7 +279,7 @@ def train_seed(
             if start.run is None and not plan.runs and start.checkpoint is not None and run_of(start.checkpoint):
                 keep_origin(start.checkpoint, run / ORIGIN)
             write_json(run / SEEDS_PLAN, vars(replace(plan, runs=(*plan.runs, run.name))))
-        outcome = Trainer(task, model, tokenizer, settings, runtime, ranks, run, state=start.state).train()
+        outcome = Trainer(task, model, tokenizer, settings, runtime, ranks, run, state=start.state, told=told).train()
     if (
         outcome.evaluated_step != outcome.step or not task.latest
     ):  # it was stopped in between, or had nothing left to do

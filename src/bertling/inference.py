@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, Literal, NamedTuple, TypedDict, TypeVar
+from typing import IO, TYPE_CHECKING, Literal, NamedTuple, TypedDict, TypeVar
 
 import numpy as np
 import torch
@@ -29,6 +29,9 @@ from bertling.runtime import Runtime, choose_device
 from bertling.tables import check_text, decode_utf8, open_bytes, shorten
 from bertling.tokenizer import Tokenizer
 from bertling.vectors import Vectors
+
+if TYPE_CHECKING:
+    from bertling.checkpoint import Loaded
 
 BATCH_TOKENS, GPU_BATCH_TOKENS = 2048, 1 << 15
 """Tokens in a forward pass, padding counted: many short texts at once, or few long ones."""
@@ -303,17 +306,19 @@ def load(
     """
     from bertling.checkpoint import load_checkpoint
 
-    if folder is not None:
-        loaded = load_checkpoint(Path(folder))
-    elif task == "fill":
-        loaded = load_checkpoint(BOX)
-    else:
-        loaded = load_checkpoint(BOX, head="classification", variant="sst2")
+    loaded = load_box(task) if folder is None else load_checkpoint(Path(folder))
     assert isinstance(loaded.model, BertEncoder)
     runtime = runtime or Runtime(choose_device("auto"), torch.float32, compile=False)
     round_weights(loaded.model, HIDDEN if runtime.int8 else ())
     loaded.model.to(runtime.dtype)  # so that nothing has to be converted for every batch
     return Bertling(loaded.model, loaded.tokenizer, runtime)
+
+
+def load_box(task: Literal["fill", "classify"]) -> "Loaded":
+    """The model that comes with the package, with its head for this task."""
+    from bertling.checkpoint import load_checkpoint
+
+    return load_checkpoint(BOX) if task == "fill" else load_checkpoint(BOX, head="classification", variant="sst2")
 
 
 def iter_texts(

@@ -124,9 +124,9 @@ def json_option(function: F) -> F:
     return click.option("--json", "as_json", is_flag=True, help="answer as JSON on standard output")(function)
 
 
-def model_option(*, required: bool) -> Callable[[F], F]:
-    """The model that is meant."""
-    return click.option("--cp", type=PATH, required=required, help="run, checkpoint or Hugging Face model folder")
+MODEL = "run, checkpoint or Hugging Face model folder"
+model_option = click.option("--cp", type=PATH, help=MODEL)
+box_option = click.option("--cp", type=PATH, help=f"{MODEL}  [default: the model in the box]")
 
 
 device_option = choice_option("--device", ["auto", "cpu", "cuda", "mps"], "where to compute")
@@ -206,9 +206,7 @@ prepare_options = together(
 ask_options = together(
     click.argument("texts", nargs=-1),
     click.option("--input", "input_file", type=PATH, help="file of texts, one a line; - for standard input"),
-    click.option(
-        "--cp", type=PATH, help="run, checkpoint or Hugging Face model folder  [default: the model in the box]"
-    ),
+    box_option,
     device_option,
     choice_option(
         "--dtype",

@@ -46,7 +46,7 @@ def pretrain(start: Start, say: Say) -> Outcome:
     settings = start.settings
     ranks = distributed.join(settings)
     try:
-        say = say if ranks.first else lambda text: None
+        say, told = recorded(say if ranks.first else lambda text: None)
         runtime = build_runtime(settings, local_rank=ranks.local_rank, local_processes=ranks.local_processes)
         model, data = load_start(start, say)
         began = time.perf_counter()
@@ -61,13 +61,24 @@ def pretrain(start: Start, say: Say) -> Outcome:
         if data.train[0].labels and "mlm_probability" in start.explicit:
             say(f"note: {STORED_MASKS}")
         with open_shared_run(replace(start, settings=settings), ranks) as run:
-            trainer = Trainer(task, model, data.tokenizer, settings, runtime, ranks, run, state=start.state)
+            trainer = Trainer(task, model, data.tokenizer, settings, runtime, ranks, run, state=start.state, told=told)
             if start.state is None:
                 trainer.seconds = prepared  # counting is training too: a budget of minutes has to pay for it
             say(f"run folder: {run}")
             return trainer.train()
     finally:
         distributed.leave()
+
+
+def recorded(say: Say, earlier: Sequence[str] = ()) -> tuple[Say, list[str]]:
+    """`say`, and what was and will be said: the log of a run begins with that."""
+    told = list(earlier)
+
+    def both(text: str) -> None:
+        told.append(text)
+        say(text)
+
+    return both, told
 
 
 def masked_lm_task(settings: Settings, data: MaskedLMData) -> MaskedLMTask:

@@ -4,7 +4,7 @@ import json
 import math
 import re
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -51,6 +51,7 @@ class RunLog:
         wandb: bool = False,
         run_name: str,
         settings: Mapping[str, Any],
+        opening: Sequence[str] = (),
         enabled: bool = True,
         console: Console | None = None,
     ) -> None:
@@ -75,6 +76,8 @@ class RunLog:
         self._tokens_per_second: float | None = None
         self._learning_rate: float | None = None
         self._train_loss: float | None = None
+        for text in opening:  # the terminal has it already
+            self._append(self._logs / "log.txt", text.encode() + b"\n")
         if start_step:
             self.line(f"resumed after step {start_step:,}")
         if self._console.is_terminal:

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ FAILED_SAVES, RETRY_SECONDS = 3, 10
 
 
 class Trainer:
-    """One run of one task: the loop and what it carries from step to step."""
+    """One run of one task: the loop and what it carries from step to step; its log begins with what was `told`."""
 
     def __init__(
         self,
@@ -48,9 +48,10 @@ class Trainer:
         run: Path,
         *,
         state: TrainingState | None = None,
+        told: Sequence[str] = (),
     ) -> None:
         self.task, self.model, self.tokenizer, self.settings = task, model, tokenizer, settings
-        self.runtime, self.ranks, self.run = runtime, ranks, run
+        self.runtime, self.ranks, self.run, self.told = runtime, ranks, run, told
         self.total_steps = total_steps(settings, task.steps_per_epoch)
         if runtime.device.type == "cpu":
             keep_freed_memory()
@@ -66,8 +67,7 @@ class Trainer:
         self.step, self.seconds, self.examples_shown = 0, 0.0, 0
         self.started = time.perf_counter()  # as if it had been one go: `train` moves it back by earlier seconds
         self.drawn: dict[tuple[int, int], tuple[list[Batch], int]] = {}
-        self.best_accuracy, self.best_step = -1.0, 0
-        self.saved_best = self.best_accuracy, self.best_step  # as of the last checkpoint
+        self.saved_best = self.best_accuracy, self.best_step = -1.0, 0  # of the last checkpoint, and so far
         self.evaluated_step, self.saved_step, self.failed_saves, self.warned = -1, -1, 0, False
         self.metrics: dict[str, float] = {}
         self.recent_losses: list[Tensor] = []
@@ -370,6 +370,7 @@ class Trainer:
             wandb=self.settings.wandb,
             run_name=self.settings.case or self.run.name,
             settings=vars(self.settings),
+            opening=self.told,
             enabled=self.ranks.first,
         )
 

@@ -7,6 +7,7 @@ from typing import Any
 from bertling.batches import check_length
 from bertling.checkpoint import Loaded, load_checkpoint, run_of
 from bertling.files import BertlingError
+from bertling.inference import load_box
 from bertling.interop import head_of
 from bertling.labelled import LabelledTexts, check_agree, labels_of, load_labelled
 from bertling.model import BertForMaskedLM
@@ -44,9 +45,14 @@ class Evaluation:
 
 
 def evaluate(
-    cp: Path, data: Path, *, text_column: str | None = None, label_column: str | None = None, device: str = "auto"
+    cp: Path | None,
+    data: Path,
+    *,
+    text_column: str | None = None,
+    label_column: str | None = None,
+    device: str = "auto",
 ) -> Evaluation:
-    """Score a masked language model on a prepared data set, or a classifier on a labelled file."""
+    """Score a masked language model on a prepared data set, or a classifier on a labelled file; None: the box's."""
     loaded = load_for(cp, data, text_column, label_column)
     # Nothing is compiled: an evaluation is over before that has paid.
     runtime = build_runtime(parse_settings({"device": device, "compile": "false"}))
@@ -56,12 +62,13 @@ def evaluate(
     return score_classifier(loaded, texts_for(loaded, data, text_column, label_column), runtime)
 
 
-def load_for(cp: Path, data: Path, text_column: str | None, label_column: str | None) -> Loaded:
+def load_for(cp: Path | None, data: Path, text_column: str | None, label_column: str | None) -> Loaded:
     """The checkpoint; refused where it and the data, or what is said of them, are not of one kind."""
-    loaded = load_checkpoint(cp)
+    table = table_ending(data) in TABLES
+    loaded = load_box("classify" if table else "fill") if cp is None else load_checkpoint(cp)
+    cp = cp or loaded.folder
     if head_of(loaded.model) == "none":
         raise BertlingError(f"{cp}: an encoder without a head has nothing to score; fine-tune it first")
-    table = table_ending(data) in TABLES
     if isinstance(loaded.model, BertForMaskedLM) and table:
         raise BertlingError(
             f"{data}: labelled texts, but {cp} is a masked language model: name a data set of 'bertling prepare', "
