@@ -173,6 +173,8 @@ def test_more_bad_files(tmp_path: Path) -> None:
         load_labelled(headless, text_column=0)
     with pytest.raises(BertlingError, match="there is no column '2'; its columns are '0', '1'"):
         load_labelled(headless, text_column=0, label_column=2)
+    with pytest.raises(BertlingError, match="column '1' is named for texts and for labels; name two"):
+        load_labelled(headless, text_column=1, label_column=1)
     for raw in (b"no gzip", gzip.compress(b"text\tlabel\n" * 100)[:-12]):
         (tmp_path / "a.tsv.gz").write_bytes(raw)
         with pytest.raises(BertlingError, match=r"a\.tsv\.gz: is not a complete gzip file"):

@@ -39,6 +39,8 @@ def read_columns(path: Path, text_column: str | int | None, label_column: str | 
     """The two columns: as named, or by their usual names, or by 0-based numbers in a table without a header."""
     text = None if text_column is None else str(text_column)
     label = None if label_column is None else str(label_column)
+    if text is not None and text == label:
+        raise BertlingError(f"{path}: column {text!r} is named for texts and for labels; name two")
     ending = table_ending(path)
     if path.suffix.lower() == ".parquet":
         return _read_parquet(path, text, label)
