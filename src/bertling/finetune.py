@@ -120,10 +120,8 @@ class FinetuneResult:
 
 def floors_line(floors: dict[str, float]) -> str:
     """What is reached without a network; a bag of words is not tried where there are very many classes."""
-    words = floors.get("floor/bag_of_words")
-    return f"floors: majority class {floors['floor/majority']:.1%}" + (
-        "" if words is None else f", bag of words {words:.1%}"
-    )
+    said, words = f"floors: majority class {floors['floor/majority']:.1%}", floors.get("floor/bag_of_words")
+    return said if words is None else f"{said}, bag of words {words:.1%}"
 
 
 def finetune(start: Start, say: Say, *, from_scratch: bool = False) -> FinetuneResult:
@@ -142,9 +140,7 @@ def finetune(start: Start, say: Say, *, from_scratch: bool = False) -> FinetuneR
             f"{', '.join(train.id2label.values())}"
         )
         if start.checkpoint is not None:
-            build_classifier(
-                start, train, lambda text: None
-            )  # what does not fit is refused before the floors take time
+            build_classifier(start, train, lambda text: None)  # refuses what does not fit, before floors take time
         floors = classification_floors(train, dev) if ranks.first else {"floor/majority": 0.0}
         say(floors_line(floors))
         plan, told = plan_of(start), told.copy()
@@ -280,9 +276,7 @@ def train_seed(
                 keep_origin(start.checkpoint, run / ORIGIN)
             write_json(run / SEEDS_PLAN, vars(replace(plan, runs=(*plan.runs, run.name))))
         outcome = Trainer(task, model, tokenizer, settings, runtime, ranks, run, state=start.state, told=told).train()
-    if (
-        outcome.evaluated_step != outcome.step or not task.latest
-    ):  # it was stopped in between, or had nothing left to do
+    if outcome.evaluated_step != outcome.step or not task.latest:  # stopped in between, or nothing was left to do
         task.evaluate(model, runtime, ranks)
     return SeedResult(settings.seed, outcome, task.latest)
 
