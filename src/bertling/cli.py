@@ -188,7 +188,7 @@ def pretrain(context: click.Context, configs: tuple[Path, ...], cp: Path | None,
             f"{outcome.run}: step {outcome.step:,}, {outcome.seconds / 60:.1f} minutes, validation accuracy "
             f"{outcome.metrics.get('eval/accuracy', 0.0):.1%}, loss {outcome.metrics.get('eval/loss', 0.0):.3f}"
             + ("" if outcome.evaluated_step == outcome.step else f" at step {outcome.evaluated_step:,}")
-            + f"\nof {outcome.protocol}; the commonest token alone {outcome.floors['floor/unigram']:.1%}, unigram loss "
+            + f"\nscored on {outcome.protocol}; floors: accuracy {outcome.floors['floor/unigram']:.1%}, loss "
             f"{outcome.floors['floor_loss/unigram']:.3f}",
             as_json,
         )
