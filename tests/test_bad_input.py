@@ -102,6 +102,7 @@ def test_text_shorter_than_one_sample(world: World, here: Path) -> None:
 def test_text_too_small_for_the_vocabulary(world: World, here: Path) -> None:
     words = ["vocab", "-i", TEXT, "-o", "v", "--size"]
     refuse(world, here, [*words, 20000], "size: 20000 is more than this text can give", "or less, or more text")
+    refuse(world, here, [*words, 200, "--text-field", "body"], "--text-field: is for .jsonl and .parquet files")
 
 
 # vocabulary
@@ -393,8 +394,14 @@ def test_checkpoint_of_another_vocabulary(world: World, here: Path) -> None:
 
 
 def test_the_wrong_kind_of_checkpoint_or_data(world: World, here: Path) -> None:
-    refuse(world, here, ["fill", "--cp", world.classifier, "a [MASK]"], "fill: this model has no head for masked words")
-    refuse(world, here, ["classify", "--cp", world.mlm, "a"], "classify: this model has no classification head")
+    refuse(
+        world,
+        here,
+        ["fill", "--cp", world.classifier, "a [MASK]"],
+        f"fill: {world.classifier}",
+        "has no head for masked words",
+    )
+    refuse(world, here, ["classify", "--cp", world.mlm, "a"], f"classify: {world.mlm}", "has no classification head")
     words = ["evaluate", "--cp", world.mlm, "--data", world.dev]
     refuse(world, here, words, "dev.tsv: labelled texts", "is a masked language model", "bertling prepare")
     words = ["evaluate", "--cp", world.classifier, "--data", world.data / "val_tiny_16_123"]

@@ -334,6 +334,14 @@ def test_offline_it_says_what_to_place_where(tmp_path: Path) -> None:
     assert "Traceback" not in ended.err
 
 
+def test_an_address_that_is_none_is_one_line(tmp_path: Path) -> None:
+    ended = download_apart("http://[", tmp_path, "sst2")
+    assert (ended.status, ended.err) == (
+        2,
+        "error: HF_ENDPOINT: is no address (Invalid IPv6 URL); correct it, or unset it\n",
+    )
+
+
 @pytest.mark.parametrize("said", [b"<html>log in first</html>", b"[1, 2]", b"{}"])
 def test_whoever_answers_in_the_place_of_the_hub_is_no_hub(said: bytes, tmp_path: Path) -> None:
     class Portal(BaseHTTPRequestHandler):

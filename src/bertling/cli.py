@@ -59,6 +59,13 @@ def quickstart(folder: Path, minutes: float, steps: int | None, megabytes: float
     answer(result.to_dict(), result.text(), as_json)
 
 
+def check_text_field(paths: Iterable[Path]) -> None:
+    """Refuse to name the field of the texts where no file has fields."""
+    has_fields = any({".jsonl", ".parquet"} & set(path.suffixes) for path in paths)
+    if was_given(click.get_current_context(), "text_field") and not has_fields:
+        raise click.UsageError("--text-field: is for .jsonl and .parquet files, and none is given")
+
+
 @cli.command()
 @input_options
 @click.option("-o", "--output", type=PATH, required=True, help="folder for the vocabulary")
@@ -81,6 +88,7 @@ def vocab(
     from bertling.text import TextOptions
     from bertling.tools.vocab import make_vocabulary
 
+    check_text_field([*inputs, *more])
     options = TextOptions(wikitext=wikitext, text_field=text_field)
     result = make_vocabulary([*inputs, *more], output, size, lowercase=not cased, options=options, force=force)
     answer(result, f"{output}: {result['entries']:,} entries, {result['seconds']:.1f} s", as_json)
@@ -111,6 +119,7 @@ def prepare(
     from bertling.text import TextOptions
     from bertling.tokenizer import Tokenizer
 
+    check_text_field([*inputs, *more, *options["val_inputs"], *options["test_inputs"]])
     with clean_end(), ByteProgress("preparing") as progress:
         card = run_prepare(
             [*inputs, *more],

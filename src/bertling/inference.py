@@ -263,8 +263,11 @@ def pool(hidden: Tensor, attention_mask: Tensor | None, pooling: Pooling, *, nor
 class Bertling:
     """A trained model with its tokenizer; `load` makes one from a folder."""
 
-    def __init__(self, model: BertEncoder, tokenizer: Tokenizer, runtime: Runtime | None = None) -> None:
-        self.model, self.tokenizer = model, tokenizer
+    def __init__(
+        self, model: BertEncoder, tokenizer: Tokenizer, runtime: Runtime | None = None, *, name: str = "this model"
+    ) -> None:
+        """`name` stands in errors."""
+        self.model, self.tokenizer, self.name = model, tokenizer, name
         self.embedder = Embedder(model, tokenizer, runtime)
         self._fill_mask = self._classifier = None
         if isinstance(model, BertForMaskedLM):
@@ -280,13 +283,13 @@ class Bertling:
     def fill(self, texts: str | Iterable[str], top_k: int = 5) -> list[Filled]:
         """What may stand at each [MASK]: one answer per text, see `FillMask.fill`."""
         if self._fill_mask is None:
-            raise BertlingError("fill: this model has no head for masked words; load one from pre-training")
+            raise BertlingError(f"fill: {self.name} has no head for masked words; load one from pre-training")
         return self._fill_mask.fill(texts, top_k)
 
     def classify(self, texts: str | Iterable[str]) -> list[Classified]:
         """The class of each text: one answer per text, see `Classifier.classify`."""
         if self._classifier is None:
-            raise BertlingError("classify: this model has no classification head; fine-tune it, or load one that was")
+            raise BertlingError(f"classify: {self.name} has no classification head; fine-tune it, or load one that was")
         return self._classifier.classify(texts)
 
     def embed(self, texts: str | Iterable[str], pooling: Pooling = "mean", *, normalize: bool = True) -> Vectors:
@@ -311,7 +314,7 @@ def load(
     runtime = runtime or Runtime(choose_device("auto"), torch.float32, compile=False)
     round_weights(loaded.model, HIDDEN if runtime.int8 else ())
     loaded.model.to(runtime.dtype)  # so that nothing has to be converted for every batch
-    return Bertling(loaded.model, loaded.tokenizer, runtime)
+    return Bertling(loaded.model, loaded.tokenizer, runtime, name=str(loaded.folder))
 
 
 def load_box(task: Literal["fill", "classify"]) -> "Loaded":

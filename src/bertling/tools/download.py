@@ -82,8 +82,12 @@ def download(name: str, output: Path | None, say: Say) -> Download:
     try:
         import huggingface_hub
         from huggingface_hub import errors
+
+        hub = endpoint()
     except ImportError:
         raise BertlingError("download needs huggingface_hub: pip install 'bertling[hub]'") from None
+    except ValueError as error:  # it takes HF_ENDPOINT apart while it loads
+        raise BertlingError(f"HF_ENDPOINT: is no address ({error}); correct it, or unset it") from None
     known = KNOWN.get(name)
     if known is None and name.count("/") != 1:
         raise BertlingError(f"{name}: neither one of {', '.join(KNOWN)} nor a model's name as OWNER/NAME")
@@ -92,7 +96,7 @@ def download(name: str, output: Path | None, say: Say) -> Download:
     folder = output or Path(name.rpartition("/")[2])
     refuse_file(folder, "the download")
     try:
-        info = huggingface_hub.HfApi(endpoint()).repo_info(repo, repo_type=kind, files_metadata=True)
+        info = huggingface_hub.HfApi(hub).repo_info(repo, repo_type=kind, files_metadata=True)
         wanted = {
             entry.rfilename: int(entry.size or 0)
             for entry in huggingface_hub.utils.filter_repo_objects(
@@ -116,7 +120,7 @@ def download(name: str, output: Path | None, say: Say) -> Download:
             revision=info.sha,
             allow_patterns=sorted(wanted),
             local_dir=folder,
-            endpoint=endpoint(),
+            endpoint=hub,
         )
     except errors.HFValidationError:
         raise BertlingError(f"{name}: no name that the hub allows; a model's is OWNER/NAME") from None
@@ -125,7 +129,7 @@ def download(name: str, output: Path | None, say: Say) -> Download:
             f"{repo}: asks for your consent first: give it on its page, then set HF_TOKEN to a token of your account"
         ) from None
     except errors.RepositoryNotFoundError:
-        raise BertlingError(f"{repo}: no such {kind} on {endpoint()} (or it is private: set HF_TOKEN)") from None
+        raise BertlingError(f"{repo}: no such {kind} on {hub} (or it is private: set HF_TOKEN)") from None
     except Exception as error:
         if isinstance(error, OSError) and (error.filename or is_disk_full(error)):  # no connection has a file's name
             with readable_errors(Path(error.filename or f"{folder}, or the hub's cache (HF_HOME)")):
@@ -135,7 +139,7 @@ def download(name: str, output: Path | None, say: Say) -> Download:
         if not isinstance(error, OSError) and not odd and type(error).__module__.partition(".")[0] not in NETWORK:
             raise
         raise BertlingError(
-            f"{repo}: {endpoint()} could not be reached or broke off ({type(error).__name__}); run the same command "
+            f"{repo}: {hub} could not be reached or broke off ({type(error).__name__}); run the same command "
             f"again to go on, or place these files by hand: {', '.join(patterns)} of {repo} in {folder}"
         ) from None
     step = (known.next_step if known else "bertling finetune --cp {folder}").format(folder=folder)
