@@ -103,6 +103,8 @@ def test_text_too_small_for_the_vocabulary(world: World, here: Path) -> None:
     words = ["vocab", "-i", TEXT, "-o", "v", "--size"]
     refuse(world, here, [*words, 20000], "size: 20000 is more than this text can give", "or less, or more text")
     refuse(world, here, [*words, 200, "--text-field", "body"], "--text-field: is for .jsonl and .parquet files")
+    more = ["--val-input", TEXT, TEXT]  # as a pattern becomes in a shell
+    refuse(world, here, prepare_words(str(TEXT), *more), f"{TEXT}: of which split?", "takes its own option")
 
 
 # vocabulary

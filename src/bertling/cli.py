@@ -61,8 +61,9 @@ def quickstart(folder: Path, minutes: float, steps: int | None, megabytes: float
 
 def check_text_field(paths: Iterable[Path]) -> None:
     """Refuse to name the field of the texts where no file has fields."""
-    has_fields = any({".jsonl", ".parquet"} & set(path.suffixes) for path in paths)
-    if was_given(click.get_current_context(), "text_field") and not has_fields:
+    from bertling.text import kind_of
+
+    if was_given(click.get_current_context(), "text_field") and all(kind_of(path)[0] == "text" for path in paths):
         raise click.UsageError("--text-field: is for .jsonl and .parquet files, and none is given")
 
 
@@ -119,7 +120,10 @@ def prepare(
     from bertling.text import TextOptions
     from bertling.tokenizer import Tokenizer
 
-    check_text_field([*inputs, *more, *options["val_inputs"], *options["test_inputs"]])
+    official = [*options["val_inputs"], *options["test_inputs"]]
+    if more and official:  # a shell may have made several files of a pattern behind --val-input: not to train on
+        raise click.UsageError(f"{more[0]}: of which split? Where there are official files, each takes its own option")
+    check_text_field([*inputs, *more, *official])
     with clean_end(), ByteProgress("preparing") as progress:
         card = run_prepare(
             [*inputs, *more],

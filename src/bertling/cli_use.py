@@ -8,6 +8,7 @@ import click
 
 from bertling.console import answer, clean_end, say, unbroken
 from bertling.options import (
+    MODEL,
     PATH,
     ask_options,
     box_option,
@@ -15,7 +16,6 @@ from bertling.options import (
     device_option,
     force_option,
     json_option,
-    model_option,
     was_given,
 )
 from bertling.settings import parse_settings
@@ -64,9 +64,9 @@ def compare(
 
 def say_boxed(cp: Path | None) -> None:
     """Say whose model it is where none was named."""
-    from bertling.inference import BOX
-
     if cp is None:
+        from bertling.inference import BOX
+
         say(f"model: the one that comes with bertling ({BOX / 'README.md'}); --cp takes your own")
 
 
@@ -131,7 +131,7 @@ def note_truncated(one: Any, what: str, as_json: bool) -> None:
 
 
 @click.command()
-@model_option
+@click.option("--cp", type=PATH, help=MODEL)
 @click.option("--preset", default="modern", show_default=True, help="modern, bert, distilbert or seed")
 @click.option("--size", default="mini", show_default=True, help="mini, small or base")
 @click.option("--vocab-size", type=click.IntRange(8), default=8192, show_default=True)

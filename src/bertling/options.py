@@ -125,9 +125,7 @@ def json_option(function: F) -> F:
 
 
 MODEL = "run, checkpoint or Hugging Face model folder"
-model_option = click.option("--cp", type=PATH, help=MODEL)
 box_option = click.option("--cp", type=PATH, help=f"{MODEL}  [default: the model in the box]")
-
 
 device_option = choice_option("--device", ["auto", "cpu", "cuda", "mps"], "where to compute")
 
@@ -158,9 +156,9 @@ input_options = together(
         type=PATH,
         multiple=True,
         required=True,
-        help="text file: .txt .jsonl .parquet, also .gz .xz .zst; several may follow",
+        help="text file: .txt .jsonl .parquet, also .gz .xz .zst; more may follow",
     ),
-    click.argument("more", type=PATH, nargs=-1),
+    click.argument("more", type=PATH, nargs=-1, metavar="[FILE]..."),
     click.option(
         "--wikitext/--no-wikitext",
         default=None,
