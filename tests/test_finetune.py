@@ -117,9 +117,8 @@ def test_seeds_have_a_run_each_and_one_result(world: World, tmp_path: Path) -> N
     assert [run.name for run in runs] == ["mine-seed5", "mine-seed6", "mine-seed7"]
     assert [json.loads((run / "result.json").read_text()) for run in runs] == [result] * 3
     assert [f"seed = {seed}\n" in (run / "config.ini").read_text() for seed, run in zip((5, 6, 7), runs, strict=True)]
-    for seed, run in zip(
-        (5, 6, 7), runs, strict=True
-    ):  # each log begins with what was said of all, and of its own seed
+    # Each log begins with what was said of all, and then of its own seed.
+    for seed, run in zip((5, 6, 7), runs, strict=True):
         log = (run / "logs" / "log.txt").read_text()
         assert log.startswith("data: 40 texts to train on")
         assert [seed] == [int(found) for found in re.findall(r"parameters; seed (\d)", log)]

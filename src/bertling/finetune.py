@@ -143,7 +143,7 @@ def finetune(start: Start, say: Say, *, from_scratch: bool = False) -> FinetuneR
             build_classifier(start, train, lambda text: None)  # refuses what does not fit, before floors take time
         floors = classification_floors(train, dev) if ranks.first else {"floor/majority": 0.0}
         say(floors_line(floors))
-        plan, told = plan_of(start), told.copy()
+        plan, said_of_all = plan_of(start), tuple(told)
         results = [saved_result(start.run.parent / name) for name in plan.runs[:-1]] if start.run else []
         for number in range(len(results), plan.seeds):
             one = replace(settings, seed=plan.first_seed + number, seeds=1, run_id=seed_run_id(plan, number))
@@ -154,7 +154,7 @@ def finetune(start: Start, say: Say, *, from_scratch: bool = False) -> FinetuneR
                 begin = Start(one, start.explicit, checkpoint=origin)
             earlier = tuple(seed.outcome.run.name for seed in results)
             results.append(
-                train_seed(begin, replace(plan, runs=earlier), train, dev, floors, runtime, ranks, say, told)
+                train_seed(begin, replace(plan, runs=earlier), train, dev, floors, runtime, ranks, say, said_of_all)
             )
             # A seed that was stopped early counts only where there is nothing else.
             counted = [seed for seed in results if seed.outcome.finished] or results

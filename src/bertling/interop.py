@@ -98,7 +98,7 @@ def from_hf(
     if wanted is None:
         raise BertlingError(
             f"config.json: architectures = {config.get('architectures')!r:.60}: neither masked words nor classes; only "
-            "finetune can use it, which gives its encoder a head of its own"
+            "pretrain and finetune can use it: they give its encoder a head of their own"
         )
     own_labels = num_labels is None and id2label is None
     if wanted == stored == "classification" and ours.num_labels == 1 and own_labels:

@@ -23,7 +23,7 @@ from bertling.runs import Outcome, Start, check_steps, data_paths, open_shared_r
 from bertling.runtime import Runtime, build_runtime
 from bertling.samples import Samples, open_samples
 from bertling.settings import Settings, key_of, settings_line
-from bertling.tasks import MaskedLMTask
+from bertling.tasks import MaskedLMTask, mlm_protocol
 from bertling.tokenizer import Tokenizer
 from bertling.train import Trainer
 
@@ -65,7 +65,8 @@ def pretrain(start: Start, say: Say) -> Outcome:
             if start.state is None:
                 trainer.seconds = prepared  # counting is training too: a budget of minutes has to pay for it
             say(f"run folder: {run}")
-            return trainer.train()
+            protocol = mlm_protocol(data.val, data.tokenizer)
+            return replace(trainer.train(), protocol=protocol, floors=task.floors)
     finally:
         distributed.leave()
 

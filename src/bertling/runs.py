@@ -76,8 +76,8 @@ class Outcome:
     stopped: bool = False
     """Whether it was asked to stop, if only at its very end: nothing is to follow."""
     protocol: str = ""
-    """What its accuracy is of."""
     floors: dict[str, float] = field(default_factory=dict)
+    """Of a pre-training: what its accuracy is of, and what is reached without a network."""
 
 
 def resolve_start(
@@ -122,7 +122,7 @@ def resolve_start(
     notes += mend_record(run, state)
     settings, _ = resolve(command, [run / "config.ini"], flags)
     before, _ = resolve(command, [run / "config.ini"], {})
-    for name in (*FIXED, *LENGTHS) if seeds_plan(run).get("seeds", 1) > 1 else FIXED:
+    for name in (*FIXED, *LENGTHS) if seeds_plan(run) else FIXED:
         if getattr(settings, name) != getattr(before, name):
             was = seeds_plan(run).get(name, getattr(before, name))
             raise BertlingError(
@@ -264,7 +264,7 @@ def check_longer(
     run: Path, settings: Settings, before: Settings, flags: Mapping[str, Any], state: TrainingState
 ) -> None:
     """A finished run goes on only beyond the limits that it has reached."""
-    if seeds_plan(run).get("seeds", 1) > 1:
+    if seeds_plan(run):
         raise BertlingError(f"{run}: is finished, and so are the other seeds; start a new run with a new --run-id")
     if not set(LENGTHS) & flags.keys():
         raise BertlingError(f"{run}: is finished; raise --max-iters (or --max-minutes, --epochs) to train it further")

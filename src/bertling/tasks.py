@@ -45,8 +45,6 @@ class Task(Protocol):
     steps_per_epoch: float
     data: list[tuple[str, int, str]]
     """What is trained on, and last what is evaluated on: names, rows, sums, by which a resumed run knows its data."""
-    protocol: str
-    """What an accuracy is of: it stands beside the figures of a run."""
 
     def micro_batches(self, step: int, *, rank: int, world_size: int, micro_batch_size: int) -> tuple[list[Batch], int]:
         """This rank's micro-batches of the step, and the scored items of the whole global batch."""
@@ -95,7 +93,6 @@ class MaskedLMTask:
         self.val, self.tokenizer = val, tokenizer
         self.steps_per_epoch = self.train.steps_per_epoch
         self.floors = mlm_floors(train, val, tokenizer)
-        self.protocol = mlm_protocol(val, tokenizer)
         self.data = [
             (os.path.relpath(samples.path, data_folder or samples.path.parent), samples.rows, "")
             for samples in (*train, val)
@@ -250,7 +247,6 @@ class ClassificationTask:
         self.dev = dev
         self.dev_batches = classifier_batches(dev, tokenizer, seq_len)
         self.floors = floors
-        self.protocol = f"all {len(dev.texts):,} texts"
         self.latest: dict[str, Any] = {}
         """The scores of the latest evaluation, with the confusion matrix."""
         self.data = [(texts.path.name, len(texts.texts), texts.content) for texts in (train, dev)]

@@ -396,5 +396,5 @@ class Trainer:
             record(self.run, self.settings, finished=done)
             if not done:
                 log.line(f"stopped at step {self.step:,}, and saved; go on with --cp {self.run}")
-        told = self.metrics, *best, done, self.skipped_steps, self.evaluated_step, self.ranks.any(stop())
-        return Outcome(self.run, self.step, self.clock(), *told, self.task.protocol, self.task.floors)
+        told = self.metrics, *best, done, self.skipped_steps, self.evaluated_step
+        return Outcome(self.run, self.step, self.clock(), *told, stopped=self.ranks.any(stop()))
